@@ -1,0 +1,329 @@
+"""The bench stage: artifacts go in, raw nanoseconds and the rows of a report come out.
+
+In: artifacts, a baseline among them, `BenchSettings`. Out: the result document that
+`owl_deploy.bench.report` writes. Every artifact runs in a fresh child process per workload, all of
+a workload in turn (A-B-A-B), so that drift of the machine meets all alike. Nothing is pruned or
+exported here.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl_deploy.artifact import OnnxArtifact, open_artifact
+from owl_deploy.bench.machine import MachineWatch, machine_facts, memory_bandwidth
+from owl_deploy.bench.report import DEEPSPARSE_LICENCE
+from owl_deploy.bench.statistics import speedup_interval, summary_ms
+from owl_deploy.engines.process import EngineProcess, open_engine
+from owl_deploy.errors import EngineUnavailableError, OwlDeployError, RecipeError
+from owl_deploy.evaluation import Evaluation, evaluate
+from owl_deploy.files import file_sha256
+from owl_deploy.memory import available_bytes
+from owl_deploy.progress import OnStep, Step, silent
+from owl_deploy.recipe import BenchSettings, EvalSettings
+from owl_deploy.threads import resolve_threads
+from owl_deploy.versions import commit, versions
+
+__all__ = ["Workload", "measure_artifacts", "workloads"]
+
+_OUTSIDE_CLOCK = (
+    "tokenisation, sampling, filling of the cache and, for ONNX Runtime, binding of its buffers; "
+    "inside: one call of the engine, with the logits of all its tokens and the update of the KV cache"
+)
+_BYTES_PER_STEP = (
+    "weights that one decode step multiplies plus the keys and values it reads; ONNX Runtime holds sparse initializers densely, "
+    "so all elements count; DeepSparse's format is not public, so its non-zero values alone count, a lower bound"
+)
+_STABLE = 0.05
+_MAX_WARMUPS = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing that every artifact is timed at, batch 1."""
+
+    phase: Literal["decode", "prefill"]
+    n_tokens: int
+    """Tokens per call: 1 for decode, the prompt's length for prefill."""
+    past_len: int
+    """Tokens in the cache before the call."""
+    n_samples: int
+    """Timed calls per round."""
+
+    @property
+    def title(self) -> str:
+        """Words for progress lines."""
+        return f"decode at {self.past_len} tokens" if self.phase == "decode" else f"prefill of {self.n_tokens} tokens"
+
+
+def workloads(settings: BenchSettings) -> list[Workload]:
+    """Expand settings into workloads."""
+    decode = [Workload("decode", 1, past_len, settings.decode_samples) for past_len in settings.past_len]
+    prefill = [Workload("prefill", length, 0, settings.prefill_samples) for length in settings.prompt_len]
+    return [*decode, *prefill]
+
+
+@dataclass
+class _Case:
+    """One artifact at one workload, while it is measured."""
+
+    artifact: OnnxArtifact
+    engine: EngineProcess | None = None
+    rounds: list[list[int]] = field(default_factory=list)
+    load_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    reason: str | None = None
+    """Why the engine failed, if it did."""
+
+    def fail(self, error: OwlDeployError) -> None:
+        """Remember a failure; the other artifacts go on."""
+        self.reason, self.engine = str(error), None
+
+
+def measure_artifacts(
+    artifacts: Sequence[Path],
+    settings: BenchSettings = BenchSettings(),
+    *,
+    baseline: str,
+    evaluation: EvalSettings = EvalSettings(),
+    reference: str | None = None,
+    threads: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    recipe: dict[str, Any] | None = None,
+    on_step: OnStep = silent,
+) -> dict[str, Any]:
+    """Measure quality and latency of artifacts, each in its own engine.
+
+    Args:
+        artifacts: folders; their names must differ.
+        settings: context depths, prompt lengths, rounds.
+        baseline: name or path of the artifact that the others are compared with.
+        evaluation: text on which the perplexity of every artifact is taken.
+        reference: model that KL divergence is taken against; none when not given.
+        threads: of every engine.
+        seed: of the tokens that are run and of the bootstrap.
+        recipe: kept in the result, where a recipe asked for this.
+        on_step: told of every evaluation window and every round.
+
+    Returns:
+        The result document (`report.json`).
+
+    Raises:
+        RecipeError: the baseline is not among the artifacts, or two share a name.
+        UnsupportedModelError: a folder is not an artifact, or too short for a workload.
+    """
+    opened = [open_artifact(path) for path in artifacts]
+    baseline_name = _baseline_name(opened, baseline)
+    plan = workloads(settings)
+    _check_lengths(opened, plan)
+    count = resolve_threads(threads)
+    qualities = {artifact.name: _quality(artifact, evaluation, reference, count.n, on_step) for artifact in opened}
+    watch = MachineWatch.start()
+    bandwidth = memory_bandwidth(count.n)
+    rows: list[dict[str, Any]] = []
+    for workload in plan:
+        cases = [_Case(artifact) for artifact in opened]
+        _measure_workload(cases, workload, settings, count.n, seed, on_step)
+        rows += _rows(cases, workload, baseline_name, qualities, count.n, bandwidth, seed)
+    return {
+        "format_version": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": versions("onnxruntime", "onnx", "torch", "transformers", "numpy"),
+        "commit": commit(),
+        "recipe": recipe,
+        "machine": {**machine_facts(count), "memory_bandwidth_bytes_per_s": bandwidth, **watch.facts()},
+        "protocol": {
+            "n_rounds": settings.rounds,
+            "samples_per_round": {"decode": settings.decode_samples, "prefill": settings.prefill_samples},
+            "warmup": f"until the median changes by less than {_STABLE:.0%} between batches, at most {_MAX_WARMUPS} batches",
+            "interleaved": True,
+            "outside_clock": _OUTSIDE_CLOCK,
+            "bytes_per_step": _BYTES_PER_STEP,
+        },
+        "baseline": baseline_name,
+        "artifacts": {artifact.name: file_sha256(artifact.path / "owl.json") for artifact in opened},
+        "rows": rows,
+        "profiles": [profile for artifact in opened if (profile := _profile(artifact)) is not None],
+    }
+
+
+def _baseline_name(artifacts: list[OnnxArtifact], baseline: str) -> str:
+    """Return the name of the baseline artifact, which the user gave by name or by path."""
+    names = [artifact.name for artifact in artifacts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(f"two artifacts are named {twice[0]}: rows are told apart by name, so rename a folder")
+    for artifact in artifacts:
+        if baseline == artifact.name or Path(baseline).resolve() == artifact.path.resolve():
+            return artifact.name
+    raise RecipeError(f"baseline {baseline} is not among the artifacts: {', '.join(names)}")
+
+
+def _check_lengths(artifacts: list[OnnxArtifact], plan: list[Workload]) -> None:
+    longest = max(workload.past_len + workload.n_tokens for workload in plan)
+    for artifact in artifacts:
+        if longest > artifact.facts.max_positions:
+            raise RecipeError(
+                f"{artifact.name} holds {artifact.facts.max_positions} positions and the longest workload needs {longest}: "
+                "lower past_len or prompt_len, or export with a larger max_positions"
+            )
+
+
+def _quality(
+    artifact: OnnxArtifact, settings: EvalSettings, reference: str | None, threads: int, on_step: OnStep
+) -> Evaluation | None:
+    """Return the evaluation of an artifact; None where its engine cannot run it (its rows then say why)."""
+    try:
+        return evaluate([str(artifact.path)], settings, reference=reference, threads=threads, on_step=on_step)[0]
+    except EngineUnavailableError:
+        return None
+
+
+def _measure_workload(
+    cases: list[_Case], workload: Workload, settings: BenchSettings, threads: int, seed: int, on_step: OnStep
+) -> None:
+    """Fill the cases with raw nanoseconds: open all engines, warm up, then time them in turn."""
+    needed = sum(2 * case.artifact.manifest["bytes_dense"] for case in cases)
+    if needed > available_bytes():
+        raise OwlDeployError(
+            f"{len(cases)} artifacts side by side may need {needed / 2**30:.1f} GiB and {available_bytes() / 2**30:.1f} are free: "
+            "bench fewer of them at once"
+        )
+    total = len(cases) * (settings.rounds + 1)
+    with ExitStack() as stack:
+        for done, case in enumerate(cases, start=1):
+            try:
+                case.engine = stack.enter_context(
+                    open_engine(
+                        case.artifact,
+                        threads=threads,
+                        n_tokens=workload.n_tokens,
+                        capacity=workload.past_len + workload.n_tokens,
+                        timeout_s=settings.timeout_s,
+                    )
+                )
+                case.load_ms = case.engine.load_ms
+                _warm_up(case.engine, _tokens(case.artifact, workload, seed), workload)
+            except EngineUnavailableError as error:
+                case.fail(error)
+            on_step(Step(workload.title, done, total, f"{case.artifact.name} warm"))
+        for number in range(settings.rounds):
+            for position, case in enumerate(cases, start=1):
+                if case.engine is not None:
+                    _measure_round(case, case.engine, workload, seed)
+                on_step(Step(workload.title, len(cases) * (number + 1) + position, total, case.artifact.name))
+
+
+def _tokens(artifact: OnnxArtifact, workload: Workload, seed: int) -> NDArray[np.int64]:
+    """Return random tokens; which ones does not change the work."""
+    return np.random.default_rng(seed).integers(artifact.facts.vocab_size, size=workload.n_tokens, dtype=np.int64)
+
+
+def _warm_up(engine: EngineProcess, tokens: NDArray[np.int64], workload: Workload) -> None:
+    """Run batches until two in a row have nearly the same median."""
+    before = float("inf")
+    for _ in range(_MAX_WARMUPS):
+        median = float(np.median(engine.measure(tokens, workload.past_len, workload.n_samples)))
+        if abs(median - before) < _STABLE * median:
+            return
+        before = median
+
+
+def _measure_round(case: _Case, engine: EngineProcess, workload: Workload, seed: int) -> None:
+    """Time one round of a case; a failure ends the case, not the run."""
+    try:
+        tokens = _tokens(case.artifact, workload, seed)
+        case.rounds.append(engine.measure(tokens, workload.past_len, workload.n_samples))
+        case.peak_rss_bytes = engine.peak_rss_bytes()
+    except EngineUnavailableError as error:
+        case.fail(error)
+
+
+def _rows(
+    cases: list[_Case],
+    workload: Workload,
+    baseline: str,
+    qualities: dict[str, Evaluation | None],
+    threads: int,
+    bandwidth: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Return the report's rows of one workload."""
+    reference = next(case for case in cases if case.artifact.name == baseline)
+    rows = []
+    for case in cases:
+        artifact, facts = case.artifact, case.artifact.facts
+        is_ok = case.reason is None
+        ms = summary_ms(case.rounds) if is_ok else None
+        speedup = None
+        if is_ok and reference.reason is None:
+            interval = speedup_interval(reference.rounds, case.rounds, seed=seed)
+            speedup = {"p50": interval.p50, "low": interval.low, "high": interval.high}
+        step_bytes = _bytes_per_step(artifact, workload)
+        quality = qualities[artifact.name]
+        rows.append(
+            {
+                "engine": facts.target,
+                "artifact": artifact.name,
+                "weights": facts.weights,
+                "precision": facts.precision,
+                "sparsity": facts.sparsity["linears"],
+                "phase": workload.phase,
+                "batch": 1,
+                "threads": threads,
+                "prompt_len": workload.n_tokens if workload.phase == "prefill" else 0,
+                "past_len": workload.past_len,
+                "status": "ok" if is_ok else "failed",
+                "reason": case.reason,
+                "ms": ms,
+                "tokens_per_s": workload.n_tokens * 1e3 / ms["p50"] if ms else None,
+                "speedup": speedup,
+                "is_baseline": artifact.name == baseline,
+                "bytes_per_step": step_bytes,
+                "ceiling_fraction": step_bytes / bandwidth * 1e3 / ms["p50"] if ms and step_bytes else None,
+                "peak_rss_bytes": case.peak_rss_bytes,
+                "load_ms": case.load_ms,
+                "perplexity": quality.perplexity if quality else None,
+                "kl_divergence": quality.kl_divergence if quality else None,
+                "top1_agreement": quality.top1_agreement if quality else None,
+                "evaluation": quality.to_json() if quality else None,
+                "parity": artifact.manifest.get("parity"),
+                "samples_ns": case.rounds,
+                "notes": [DEEPSPARSE_LICENCE] if facts.target == "deepsparse" else [],
+            }
+        )
+    return rows
+
+
+def _bytes_per_step(artifact: OnnxArtifact, workload: Workload) -> int | None:
+    """Return the bytes that a decode step must read; None for prefill, which computation bounds."""
+    if workload.phase != "decode":
+        return None
+    held = "nonzero" if artifact.facts.target == "deepsparse" else "dense"
+    return artifact.facts.bytes_per_decode_step[held] + artifact.kv_bytes(workload.past_len)
+
+
+def _profile(artifact: OnnxArtifact) -> dict[str, Any] | None:
+    """Return the sparsity of every block, where the artifact comes from a pruned checkpoint."""
+    lineage = artifact.manifest.get("checkpoint") or {}
+    if "blocks" not in lineage:
+        return None
+    settings = lineage["recipe"]["prune"]
+    return {
+        "artifact": artifact.name,
+        "method": settings["method"],
+        "allocation": settings["allocation"],
+        "target": lineage["sparsity"]["target"],
+        "blocks": lineage["blocks"],
+    }

@@ -1,0 +1,61 @@
+"""`genai_config.json`: what onnxruntime-genai wants to know of an artifact to generate text with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from owl_deploy.export.decoder import Decoder
+from owl_deploy.text import Encoder
+
+__all__ = ["genai_config"]
+
+
+def genai_config(decoder: Decoder, encoder: Encoder) -> dict[str, Any]:
+    """Return the configuration in the layout of onnxruntime-genai's model builder (0.18).
+
+    Sampling is off (greedy) and past and present share one buffer; users override both.
+    """
+    eos = encoder.eos_token_id if encoder.eos_token_id is not None else 0
+    return {
+        "model": {
+            "type": decoder.model_type,
+            "bos_token_id": encoder.bos_token_id if encoder.bos_token_id is not None else eos,
+            "eos_token_id": eos,
+            "pad_token_id": eos,
+            "vocab_size": decoder.vocab_size,
+            "context_length": decoder.max_positions,
+            "decoder": {
+                "filename": "model.onnx",
+                "head_size": decoder.head_dim,
+                "hidden_size": decoder.hidden_size,
+                "num_attention_heads": decoder.n_heads,
+                "num_hidden_layers": decoder.n_blocks,
+                "num_key_value_heads": decoder.n_kv_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": decoder.max_positions,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }

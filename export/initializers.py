@@ -1,0 +1,193 @@
+"""Weights written into an ONNX model: dense, or as sparse initializers where that is smaller.
+
+In: a model whose nodes name their weights, and a checkpoint. Out: the model with its initializers,
+dense ones in `model.onnx.data`, and what each matrix took. One tensor is in memory at a time,
+besides what is stored inside model.onnx itself.
+
+ONNX's helpers for external data pass over sparse initializers (onnx 1.23), so offsets are written
+here; and no engine multiplies them as sparse ones: ONNX Runtime expands them when it loads.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import OwlDeployError
+from owl_deploy.export.decoder import WeightSource
+from owl_deploy.progress import OnStep, Step, silent
+
+__all__ = ["INLINE_LIMIT", "StoredMatrix", "write_initializers"]
+
+Encoding = Literal["dense", "coo-varint", "coo-int32", "coo-int64"]
+
+INLINE_LIMIT = 2_000_000_000
+"""Bytes that model.onnx may hold: protobuf stops at 2 GiB, and the graph itself takes some."""
+
+_DATA_FILE = "model.onnx.data"
+_ALIGNMENT = 4096  # so that engines can map a tensor at a page border
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """How one matrix was stored, and what it was predicted to take."""
+
+    name: str
+    shape: tuple[int, int]
+    """As stored: (in, out) where transposed."""
+    n_nonzeros: int
+    encoding: Encoding
+    is_external: bool
+    predicted_bytes: int
+    bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros over elements."""
+        return 1 - self.n_nonzeros / (self.shape[0] * self.shape[1])
+
+
+def write_initializers(
+    model: onnx.ModelProto,
+    weights: dict[str, WeightSource],
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    is_sparse: bool,
+    target: str,
+    inline_limit: int = INLINE_LIMIT,
+    on_step: OnStep = silent,
+) -> list[StoredMatrix]:
+    """Add every weight to `model`, write `model.onnx` and, where needed, `model.onnx.data`.
+
+    A sparse matrix is stored as its non-zero values and their flattened, sorted positions:
+    `coo-varint` (int64 as protobuf varints, 1 to 5 bytes each) lies inside model.onnx and passes
+    onnx.checker; past `inline_limit` it is `coo-int32` (`coo-int64` from 2^31 elements on) in the
+    data file, which ONNX Runtime reads and the checker, which wants int64, does not. A matrix
+    stays dense where that is not larger. DeepSparse reads no sparse initializer from a data file.
+
+    Args:
+        model: changed in place.
+        weights: initializer name -> source.
+        checkpoint: gives the tensors.
+        folder: where the files go.
+        is_sparse: whether sparse encodings are considered at all.
+        target: engine that will read the files.
+        inline_limit: bytes that model.onnx may hold.
+
+    Returns:
+        One entry per matrix; vectors are always dense and not listed.
+
+    Raises:
+        OwlDeployError: the target would need a data file that it cannot read.
+    """
+    plan: dict[str, tuple[Encoding, int]] = {}
+    is_external = False
+    if is_sparse:
+        plan = {name: _smallest(_read(checkpoint, source), is_external=False) for name, source in weights.items()}
+        inline_bytes = sum(size for encoding, size in plan.values() if encoding != "dense")
+        is_external = inline_bytes > inline_limit
+        if is_external and target == "deepsparse":
+            raise OwlDeployError(
+                f"sparse initializers of {inline_bytes} bytes do not fit inside model.onnx ({inline_limit} bytes), and DeepSparse "
+                "reads them from nowhere else: export with weights dense"
+            )
+    stored: list[StoredMatrix] = []
+    with (folder / _DATA_FILE).open("wb") as data:
+        for done, (name, source) in enumerate(weights.items(), start=1):
+            array = _read(checkpoint, source)
+            encoding, predicted = (
+                _smallest(array, is_external=True) if is_external else plan.get(name, ("dense", array.nbytes))
+            )
+            if encoding == "dense":
+                model.graph.initializer.append(_tensor(name, array, data))
+                size = array.nbytes
+            else:
+                sparse = _sparse_tensor(name, array, encoding, data if is_external else None)
+                model.graph.sparse_initializer.append(sparse)
+                size = _payload_bytes(sparse.values) + _payload_bytes(sparse.indices)
+            if array.ndim == 2:
+                shape, n_nonzeros = (array.shape[0], array.shape[1]), int(np.count_nonzero(array))
+                in_data_file = encoding == "dense" or is_external
+                stored.append(StoredMatrix(name, shape, n_nonzeros, encoding, in_data_file, predicted, size))
+            on_step(Step("writing weights", done, len(weights), encoding))
+        data.flush()
+        os.fsync(data.fileno())
+    onnx.save_model(model, folder / "model.onnx")
+    return stored
+
+
+def _read(checkpoint: Checkpoint, source: WeightSource) -> NDArray[np.float32]:
+    """Return a weight as it lies in the ONNX file, float32 and contiguous."""
+    array = checkpoint.read(source.tensor).float().numpy()
+    return np.ascontiguousarray(array.T if source.is_transposed else array)
+
+
+def _smallest(array: NDArray[np.float32], *, is_external: bool) -> tuple[Encoding, int]:
+    """Return the smallest encoding of a weight and the bytes it will take."""
+    dense: tuple[Encoding, int] = ("dense", array.nbytes)
+    if array.ndim != 2:
+        return dense
+    indices = np.flatnonzero(array)
+    sparse: tuple[Encoding, int]
+    if not is_external:
+        sparse = ("coo-varint", 4 * len(indices) + _varint_bytes(indices))
+    elif array.size < 2**31:
+        sparse = ("coo-int32", 8 * len(indices))
+    else:
+        sparse = ("coo-int64", 12 * len(indices))
+    return sparse if sparse[1] < dense[1] else dense
+
+
+def _varint_bytes(indices: NDArray[np.int64]) -> int:
+    """Return the bytes of sorted, non-negative integers as protobuf varints: seven bits in each."""
+    borders = np.searchsorted(indices, [1 << (7 * k) for k in range(1, 10)])
+    return len(indices) + int((len(indices) - borders).sum())
+
+
+def _sparse_tensor(
+    name: str, array: NDArray[np.float32], encoding: Encoding, data: BinaryIO | None
+) -> onnx.SparseTensorProto:
+    """Return a matrix as flattened, sorted coordinates and values."""
+    indices = np.flatnonzero(array)
+    sparse = onnx.SparseTensorProto(dims=array.shape)
+    sparse.values.CopyFrom(_tensor(name, array.reshape(-1)[indices], data))
+    if encoding == "coo-varint":
+        sparse.indices.CopyFrom(
+            onnx.TensorProto(data_type=onnx.TensorProto.INT64, dims=[len(indices)], int64_data=indices)
+        )
+    else:
+        kind = np.int32 if encoding == "coo-int32" else np.int64
+        sparse.indices.CopyFrom(_tensor(f"{name}.indices", indices.astype(kind), data))
+    return sparse
+
+
+def _tensor(name: str, array: NDArray[Any], data: BinaryIO | None) -> onnx.TensorProto:
+    """Return a tensor whose bytes lie in `data`, at a page border, or inside the proto where `data` is None."""
+    tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+    if data is None:
+        tensor.raw_data = array.tobytes()
+        return tensor
+    data.write(b"\0" * (-data.tell() % _ALIGNMENT))
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", _DATA_FILE), ("offset", data.tell()), ("length", array.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    data.write(array.data)
+    return tensor
+
+
+def _payload_bytes(tensor: onnx.TensorProto) -> int:
+    """Return the bytes that a tensor's numbers take, wherever they lie."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
+    if tensor.raw_data:
+        return len(tensor.raw_data)
+    without_numbers = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, name=tensor.name)
+    return tensor.ByteSize() - without_numbers.ByteSize()

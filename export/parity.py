@@ -1,0 +1,125 @@
+"""The gate every artifact passes before it exists: it must compute what its checkpoint computes.
+
+In: an artifact and the torch model of its checkpoint. Out: how far their logits are apart on fixed
+real text, and whether both continue it by the same tokens, the artifact in its own engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from owl_deploy.artifact import OnnxArtifact
+from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.engines.process import EngineProcess, open_engine
+from owl_deploy.errors import ParityError
+from owl_deploy.evaluation import divergence
+from owl_deploy.generation import greedy_tokens, load_torch_model
+from owl_deploy.progress import OnStep, Step, silent
+from owl_deploy.text import Encoder, evaluation_text
+
+__all__ = ["MAX_RELATIVE_DIFFERENCE", "Parity", "check_parity"]
+
+MAX_RELATIVE_DIFFERENCE = {"fp32": 1e-3}
+"""Per precision: largest logit difference allowed, as a share of the largest reference logit."""
+
+_PREFILL_TOKENS = 128
+_PROMPT_TOKENS = 32
+_GREEDY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close an artifact is to its checkpoint."""
+
+    max_abs_logit_difference: float
+    relative_logit_difference: float
+    """The largest difference over the largest reference logit, both absolute."""
+    kl_divergence: float
+    top1_agreement: float
+    n_tokens: int
+    """Positions of the compared text."""
+    n_greedy_tokens: int
+    """Tokens continued greedily, all equal."""
+    passed: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts for the manifest."""
+        return asdict(self)
+
+
+def check_parity(
+    artifact: OnnxArtifact, checkpoint: Checkpoint, *, threads: int, name: str | None = None, on_step: OnStep = silent
+) -> Parity:
+    """Compare an artifact in its engine with its checkpoint in torch.
+
+    The text is the held-out part of the Python language reference: one prefill of 128 tokens, then
+    64 greedy tokens behind a prompt of 32, token by token through the KV cache.
+
+    Args:
+        artifact: what was exported, perhaps still under a temporary name.
+        checkpoint: what it was exported from.
+        threads: of the engine.
+        name: what to call the artifact in messages; its folder's name where not given.
+
+    Raises:
+        ParityError: the logits or a greedy token differ; the message names the first difference.
+        EngineUnavailableError: the engine cannot run the artifact at all.
+    """
+    name = name or artifact.name
+    reference = load_torch_model(checkpoint)
+    text = Encoder.open(checkpoint.path).encode(evaluation_text("python-docs"))[:_PREFILL_TOKENS]
+    expected = _torch_logits(reference, text)
+    on_step(Step("checking parity", 1, 3, "torch"))
+    with open_engine(artifact, threads=threads, n_tokens=len(text), capacity=len(text)) as engine:
+        actual = engine.forward(text, 0)
+    parity = _compare_logits(name, artifact.facts.precision, expected, actual)
+    on_step(Step("checking parity", 2, 3, f"logits {parity.relative_logit_difference:.1e}"))
+    prompt = text[:_PROMPT_TOKENS]
+    continuation, _ = greedy_tokens(reference, prompt, _GREEDY_TOKENS)
+    with open_engine(artifact, threads=threads, n_tokens=1, capacity=len(prompt) + _GREEDY_TOKENS) as engine:
+        _compare_greedy(name, engine, prompt, continuation)
+    on_step(Step("checking parity", 3, 3, "greedy tokens"))
+    return parity
+
+
+def _torch_logits(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    import torch
+
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+    return logits
+
+
+def _compare_logits(name: str, precision: str, expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Parity:
+    """Return the distances, or raise naming the position that is furthest off."""
+    if actual.shape != expected.shape:
+        raise ParityError(f"{name}: logits have shape {actual.shape}, the checkpoint's have {expected.shape}")
+    difference = np.abs(actual - expected)
+    largest = float(difference.max()) if np.isfinite(actual).all() else float("inf")
+    relative = largest / float(np.abs(expected).max())
+    limit = MAX_RELATIVE_DIFFERENCE[precision]
+    if not relative <= limit:
+        position, token = np.unravel_index(int(np.nan_to_num(difference, nan=np.inf).argmax()), difference.shape)
+        raise ParityError(
+            f"{name}: logits differ from the checkpoint by {relative:.2e} of the largest one (allowed {limit:g}); "
+            f"furthest at position {position}, token {token}: {actual[position, token]:.6g} instead of {expected[position, token]:.6g}"
+        )
+    kl, top1 = divergence(expected, actual)
+    return Parity(largest, relative, kl, top1, len(expected), _GREEDY_TOKENS)
+
+
+def _compare_greedy(name: str, engine: EngineProcess, prompt: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
+    """Feed token by token; raise at the first greedy token that is not the checkpoint's."""
+    sequence = np.concatenate([prompt, expected])
+    for position in range(len(sequence) - 1):
+        logits = engine.forward(sequence[position : position + 1], position)[0]
+        wanted = int(sequence[position + 1])
+        if position + 1 >= len(prompt) and int(logits.argmax()) != wanted:
+            raise ParityError(
+                f"{name}: greedy token {position + 1 - len(prompt)} is {int(logits.argmax())}, the checkpoint's is {wanted} "
+                f"(logits {logits.max():.6g} and {logits[wanted]:.6g})"
+            )

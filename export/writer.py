@@ -1,0 +1,181 @@
+"""The export stage: a checkpoint goes in, an ONNX artifact that passed its parity gate comes out.
+
+In: a checkpoint and `ExportSettings`. Out: a folder in the layout of onnxruntime-genai's model
+builder, which holds all that an engine needs. Nothing is timed or served here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from owl_deploy.artifact import MANIFEST, OnnxArtifact, open_artifact
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.export.decoder import Decoder, WeightSource, read_decoder
+from owl_deploy.export.deepsparse_graph import deepsparse_graph
+from owl_deploy.export.genai import genai_config
+from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, write_initializers
+from owl_deploy.export.onnxruntime_graph import onnxruntime_graph
+from owl_deploy.export.parity import check_parity
+from owl_deploy.files import folder_bytes, new_folder, write_json
+from owl_deploy.progress import OnStep, silent
+from owl_deploy.recipe import ExportSettings
+from owl_deploy.text import Encoder
+from owl_deploy.threads import resolve_threads
+from owl_deploy.versions import versions
+
+__all__ = ["export_onnx", "export_summary", "export_versions"]
+
+Graph = Callable[[Decoder], tuple[onnx.ModelProto, dict[str, WeightSource]]]
+_GRAPHS: dict[str, Graph] = {"onnxruntime": onnxruntime_graph, "deepsparse": deepsparse_graph}
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+)
+
+
+def export_onnx(
+    model: str,
+    settings: ExportSettings = ExportSettings(),
+    *,
+    out: Path,
+    threads: int | Literal["auto"] = "auto",
+    force: bool = False,
+    offline: bool = False,
+    parity: bool = True,
+    inline_limit: int = INLINE_LIMIT,
+    on_step: OnStep = silent,
+) -> OnnxArtifact:
+    """Write the artifact of a checkpoint for one engine.
+
+    Tensors are read one at a time; the parity gate then loads the checkpoint in torch once.
+
+    Args:
+        model: checkpoint folder, or any MODEL (its dense weights are then exported).
+        settings: target engine, weight encoding, precision.
+        out: folder of the artifact; it appears when the gate is passed.
+        threads: of torch and of the engine in the parity gate.
+        force: replace `out` if it exists.
+        offline: never ask a hub.
+        parity: whether to run the gate; without it the manifest says so and bench shows no speed-up.
+        inline_limit: bytes of sparse initializers that model.onnx may hold.
+
+    Raises:
+        ParityError: the artifact does not compute what the checkpoint computes; nothing is left.
+        OwlDeployError: and its subclasses.
+    """
+    checkpoint = open_checkpoint(model, offline=offline)
+    decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
+    with new_folder(out, replace=force) as folder:
+        graph, weights = _GRAPHS[settings.target](decoder)
+        _refuse_unused_tensors(checkpoint, weights)
+        is_sparse = settings.weights == "sparse-initializer"
+        matrices = write_initializers(
+            graph,
+            weights,
+            checkpoint,
+            folder,
+            is_sparse=is_sparse,
+            target=settings.target,
+            inline_limit=inline_limit,
+            on_step=on_step,
+        )
+        _copy_tokenizer(checkpoint, folder)
+        write_json(folder / "genai_config.json", genai_config(decoder, Encoder.open(checkpoint.path)))
+        manifest = _manifest(checkpoint, decoder, settings, matrices, folder)
+        write_json(folder / MANIFEST, manifest)
+        if parity:
+            n_threads = resolve_threads(threads).n
+            result = check_parity(open_artifact(folder), checkpoint, threads=n_threads, on_step=on_step, name=out.name)
+            write_json(folder / MANIFEST, {**manifest, "parity": result.to_json()})
+    return open_artifact(out)
+
+
+def export_summary(artifact: OnnxArtifact) -> dict[str, Any]:
+    """Return the document that `owl-deploy export --json` prints."""
+    keys = ("target", "weights", "precision", "bytes_on_disk", "bytes_dense", "sparsity", "parity", "matrices")
+    return {"artifact": str(artifact.path), **{key: artifact.manifest.get(key) for key in keys}}
+
+
+def export_versions() -> dict[str, str]:
+    """Return the versions that an artifact depends on."""
+    return versions("onnx", "onnxscript", "onnxruntime", "torch", "transformers")
+
+
+def _refuse_unused_tensors(checkpoint: Checkpoint, weights: dict[str, WeightSource]) -> None:
+    """Refuse a checkpoint with a weight that the graph has no place for: it would compute something else."""
+    used = {source.tensor for source in weights.values()} | {"lm_head.weight"}
+    unused = [name for name in checkpoint.tensors if name not in used and not name.endswith("rotary_emb.inv_freq")]
+    if unused:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: no place in the graph for tensor {unused[0]} ({len(unused)} in all)"
+        )
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, folder / name)
+
+
+def _manifest(
+    checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, matrices: list[StoredMatrix], folder: Path
+) -> dict[str, Any]:
+    """Return the manifest: what the artifact is, where it comes from, and what each matrix took."""
+    n_elements = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
+    n_nonzeros = sum(matrix.n_nonzeros for matrix in matrices)
+    lineage = checkpoint.manifest or {"source": {"model": checkpoint.source, "sha256": checkpoint.fingerprint}}
+    # An untied embedding is gathered, one row a token; all other matrices are multiplied at every step.
+    multiplied = [m for m in matrices if decoder.has_tied_head or not m.name.startswith("model.embed_tokens")]
+    dense_bytes = sum(m.shape[0] * m.shape[1] for m in multiplied) * 4
+    return {
+        "kind": "artifact",
+        "format_version": 1,
+        **settings.model_dump(mode="json", include={"target", "weights", "precision"}),
+        "model_type": decoder.model_type,
+        "n_blocks": decoder.n_blocks,
+        "n_kv_heads": decoder.n_kv_heads,
+        "head_dim": decoder.head_dim,
+        "vocab_size": decoder.vocab_size,
+        "max_positions": decoder.max_positions,
+        "bytes_on_disk": folder_bytes(folder),
+        "bytes_dense": 4 * n_elements,
+        "bytes_per_decode_step": {"dense": dense_bytes, "nonzero": 4 * sum(m.n_nonzeros for m in multiplied)},
+        "sparsity": _sparsity(lineage, n_nonzeros, n_elements),
+        "matrices": [
+            {
+                "name": matrix.name,
+                "shape": list(matrix.shape),
+                "sparsity": matrix.sparsity,
+                "encoding": matrix.encoding,
+                "is_external": matrix.is_external,
+                "predicted_bytes": matrix.predicted_bytes,
+                "bytes": matrix.bytes,
+            }
+            for matrix in matrices
+        ],
+        "checkpoint_sha256": checkpoint.fingerprint,
+        "versions": export_versions(),
+        "checkpoint": lineage,
+        "parity": None,
+    }
+
+
+def _sparsity(lineage: dict[str, Any], n_nonzeros: int, n_elements: int) -> dict[str, float]:
+    """Return the target and the realised sparsity; `linears` counts what pruning counts."""
+    known = lineage.get("sparsity", {"target": 0.0, "linears": 0.0})
+    return {"target": known["target"], "linears": known["linears"], "model": 1 - n_nonzeros / n_elements}

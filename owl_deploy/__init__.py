@@ -1,0 +1,54 @@
+"""From a dense Hugging Face language model to a sparse one that is really faster on a CPU.
+
+All that the command line does is one of these functions; they are imported when first used, so
+that importing the package is quick and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from owl_deploy.artifact import open_artifact
+    from owl_deploy.bench.measure import measure_artifacts
+    from owl_deploy.bench.report import write_report
+    from owl_deploy.checkpoint import open_checkpoint
+    from owl_deploy.engines.bridge import install_bridge
+    from owl_deploy.evaluation import evaluate
+    from owl_deploy.export.writer import export_onnx
+    from owl_deploy.pipeline import run
+    from owl_deploy.pruning import prune
+    from owl_deploy.recipe import load_recipe
+
+__all__ = [
+    "evaluate",
+    "export_onnx",
+    "install_bridge",
+    "load_recipe",
+    "measure_artifacts",
+    "open_artifact",
+    "open_checkpoint",
+    "prune",
+    "run",
+    "write_report",
+]
+
+_HOMES = {
+    "evaluate": "owl_deploy.evaluation",
+    "export_onnx": "owl_deploy.export.writer",
+    "install_bridge": "owl_deploy.engines.bridge",
+    "load_recipe": "owl_deploy.recipe",
+    "measure_artifacts": "owl_deploy.bench.measure",
+    "open_artifact": "owl_deploy.artifact",
+    "open_checkpoint": "owl_deploy.checkpoint",
+    "prune": "owl_deploy.pruning",
+    "run": "owl_deploy.pipeline",
+    "write_report": "owl_deploy.bench.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,509 @@
+"""The command line: reads settings, calls one function, prints its result.
+
+Results go to stdout (one JSON document with --json), progress to stderr. Heavy libraries are
+imported by the command that needs them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+from pydantic import BaseModel
+
+from owl_deploy.errors import OwlDeployError
+from owl_deploy.recipe import (
+    BenchSettings,
+    EvalSettings,
+    ExportSettings,
+    PruneSettings,
+    checked,
+    load_recipe,
+    recipe_from_mapping,
+)
+from owl_deploy.terminal import TerminalProgress
+
+__all__ = ["main"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _settings_options(kind: type[BaseModel]) -> Callable[[Command], Command]:
+    """Add one flag per settings field: same name, same default, same description as in a recipe."""
+
+    def decorate(command: Command) -> Command:
+        for name, field in reversed(kind.model_fields.items()):
+            if field.is_required():
+                continue
+            is_many = isinstance(field.default, tuple)
+            shown = " ".join(map(str, field.default)) if is_many else field.default
+            default = f"  [default: {shown}]" if field.default is not None else ""
+            flag = f"--{name.replace('_', '-')}"
+            command = click.option(flag, name, multiple=is_many, help=f"{field.description}{default}")(command)
+        return command
+
+    return decorate
+
+
+def _settings(kind: type[BaseModel], flags: dict[str, Any]) -> Any:
+    """Take the flags of `kind` out of `flags` and check them; those not given keep their default."""
+    values = {name: flags.pop(name) for name in kind.model_fields if name in flags}
+    return checked(
+        kind, {name: value for name, value in values.items() if value not in (None, ())}, where="command line"
+    )
+
+
+def _common_options(command: Command) -> Command:
+    """Add the flags that every long-running command has."""
+    for option in reversed(
+        [
+            click.option(
+                "--threads",
+                default="auto",
+                show_default=True,
+                help="Threads: auto (affinity and cgroup quota) or a number.",
+            ),
+            click.option("--offline", is_flag=True, help="Never ask a model hub."),
+            click.option("--quiet", is_flag=True, help="No progress on stderr."),
+            click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+_seed = click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of everything random."
+)
+_force = click.option("--force", is_flag=True, help="Replace what is at --out.")
+_out = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it appears whole or not at all."
+)
+
+
+def _threads(text: str) -> Any:
+    """Return auto or a number. Raises click.BadParameter."""
+    if text == "auto":
+        return text
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise click.BadParameter(f"must be auto or 1 to 1024, got {text!r}", param_hint="--threads")
+    return int(text)
+
+
+def _prepare(offline: bool) -> None:
+    """Set what libraries read when they are imported: quiet, and no network where it is not wanted."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ["TQDM_DISABLE"] = "1"
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="owl-deploy", prog_name="owl-deploy", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Make a Hugging Face language model sparse, and measure what that is worth on this CPU.
+
+    Three stages: prune (OWL and its kin), export (ONNX), bench (ONNX Runtime and DeepSparse).
+    `run` does all of them from one recipe.
+
+    \b
+    Example:
+      owl-deploy run recipes/quickstart.yaml --out runs/quickstart
+    """
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of all results.  [default: runs/NAME-OF-THE-RECIPE]"
+)
+@click.option("--model", help="Override the recipe's model.")
+@click.option("--sparsity", help="Override the recipe's prune.sparsity.")
+@click.option("--seed", type=int, help="Override the recipe's seed.")
+@click.option("--threads", help="Override the recipe's threads: auto or a number.")
+@click.option("--resume", is_flag=True, help="Continue a pruning that was stopped.")
+@click.option("--force", is_flag=True, help="Make everything anew, also what could be reused.")
+@click.option("--offline", is_flag=True, help="Never ask a model hub.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+def run(recipe: Path, out: Path | None, offline: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
+    """Run all stages of a RECIPE (YAML): prune, export, check, bench.
+
+    Finished stages are reused when their settings did not change.
+
+    \b
+    Example:
+      owl-deploy run recipes/quickstart.yaml --out runs/quickstart --sparsity 0.6
+    """
+    switches = {name: flags.pop(name) for name in ("force", "resume")}
+    settings = _overridden(load_recipe(recipe), flags, str(recipe))
+    _prepare(offline)
+    from owl_deploy.pipeline import run as run_recipe
+
+    folder = out or Path("runs") / recipe.stem
+    with TerminalProgress(is_quiet=quiet) as progress:
+        result = run_recipe(settings, out=folder, offline=offline, on_step=progress, **switches)
+    if as_json:
+        _print_json(result.to_json())
+    elif result.measured is not None and result.report is not None:
+        _print_report(result.measured, result.report)
+    else:
+        click.echo("\n".join(str(path) for path in (result.checkpoint, *result.artifacts)))
+
+
+def _overridden(recipe: Any, flags: dict[str, Any], where: str) -> Any:
+    """Return a recipe with the given flags in place of its keys, checked again."""
+    mapping = recipe.model_dump(mode="json", exclude_unset=True)
+    given = {name: value for name, value in flags.items() if value is not None}
+    if "sparsity" in given:
+        mapping.setdefault("prune", {})["sparsity"] = given.pop("sparsity")
+    if "threads" in given:
+        given["threads"] = _threads(given["threads"])
+    return recipe_from_mapping({**mapping, **given}, where=where)
+
+
+def _print_report(measured: dict[str, Any], folder: Path) -> None:
+    """Print the table of a result, its verdict, and where the page is."""
+    from rich.console import Console
+
+    from owl_deploy.bench.report import terminal_table, verdict
+
+    # Pipes and files get 100 columns; a terminal gets its own width up to that.
+    console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
+    console.print(terminal_table(measured))
+    console.print(verdict(measured), markup=False, highlight=False)
+    console.print(f"Report: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.option("--model", required=True, help="Local folder, .gguf file, hub id, or demo:smollm2-135m.")
+@_settings_options(PruneSettings)
+@_out
+@_seed
+@click.option("--resume", is_flag=True, help="Continue a run of the same settings that was stopped.")
+@_force
+@_common_options
+def prune(
+    model: str,
+    out: Path,
+    seed: int,
+    resume: bool,
+    force: bool,
+    threads: str,
+    offline: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Prune a model: write a sparse checkpoint, one decoder block at a time.
+
+    \b
+    Example:
+      owl-deploy prune --model demo:smollm2-135m --sparsity 0.7 --calibration python-docs \\
+        --n-samples 16 --seq-len 512 --out sparse
+    """
+    settings = _settings(PruneSettings, flags)
+    _prepare(offline)
+    from owl_deploy.pruning import prune as prune_model
+
+    with TerminalProgress(is_quiet=quiet) as progress:
+        report = prune_model(
+            model,
+            settings,
+            out=out,
+            seed=seed,
+            threads=_threads(threads),
+            resume=resume,
+            force=force,
+            offline=offline,
+            on_step=progress,
+        )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        _print_sparsity(report.to_json())
+
+
+def _print_sparsity(facts: dict[str, Any]) -> None:
+    """Print a table of the blocks and the totals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "block", "sparsity asked", "realised", "outlier ratio", title=f"{facts['method']}, {facts['allocation']}"
+    )
+    for block in facts["blocks"]:
+        ratio = f"{block['outlier_ratio']:.4f}" if "outlier_ratio" in block else ""
+        table.add_row(str(block["index"]), f"{block['sparsity']:.4f}", f"{block['realised']:.4f}", ratio)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    sparsity = facts["sparsity"]
+    click.echo(
+        f"Sparsity {sparsity['linears']:.4f} of the linears (target {sparsity['target']:g}), {sparsity['model']:.4f} of the model"
+    )
+    click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
+    click.echo(f"Checkpoint: {facts['checkpoint']}")
+
+
+@cli.command("eval")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@_settings_options(EvalSettings)
+@click.option("--reference", help="Checkpoint or artifact that KL divergence and top-1 agreement are taken against.")
+@_common_options
+def evaluate(
+    models: tuple[str, ...],
+    reference: str | None,
+    threads: str,
+    offline: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Measure the perplexity of checkpoints (in torch) or artifacts (in their own engine).
+
+    \b
+    Example:
+      owl-deploy eval sparse --text python-docs --reference demo:smollm2-135m --max-windows 2
+    """
+    settings = _settings(EvalSettings, flags)
+    _prepare(offline)
+    from owl_deploy.evaluation import evaluate as evaluate_models
+
+    with TerminalProgress(is_quiet=quiet) as progress:
+        results = evaluate_models(
+            models, settings, reference=reference, threads=_threads(threads), offline=offline, on_step=progress
+        )
+    if as_json:
+        documents = [{"model": model, **result.to_json()} for model, result in zip(models, results, strict=True)]
+        _print_json(documents[0] if len(documents) == 1 else {"evaluations": documents})
+        return
+    for model, result in zip(models, results, strict=True):
+        click.echo(f"{model}: {result}")
+
+
+@cli.command()
+@click.argument("model", metavar="CKPT")
+@_settings_options(ExportSettings)
+@_out
+@click.option("--no-parity", is_flag=True, help="Skip the parity gate; bench then shows no speed-up of this artifact.")
+@_force
+@_common_options
+def export(
+    model: str,
+    out: Path,
+    no_parity: bool,
+    force: bool,
+    threads: str,
+    offline: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Export a checkpoint (or any model) as an ONNX artifact for one engine, and check it.
+
+    \b
+    Example:
+      owl-deploy export sparse --target onnxruntime --weights sparse-initializer --out artifact
+    """
+    settings = _settings(ExportSettings, flags)
+    _prepare(offline)
+    from owl_deploy.export.writer import export_onnx, export_summary
+
+    with TerminalProgress(is_quiet=quiet) as progress:
+        artifact = export_onnx(
+            model,
+            settings,
+            out=out,
+            threads=_threads(threads),
+            force=force,
+            offline=offline,
+            parity=not no_parity,
+            on_step=progress,
+        )
+    summary = export_summary(artifact)
+    if as_json:
+        _print_json(summary)
+    else:
+        _print_artifact(summary)
+
+
+def _print_artifact(summary: dict[str, Any]) -> None:
+    """Print what each kind of matrix took, and the totals."""
+    for matrix in summary["matrices"]:
+        if matrix["encoding"] != "dense":
+            shape = "x".join(map(str, matrix["shape"]))
+            click.echo(
+                f"{matrix['name']} {shape} sparsity {matrix['sparsity']:.3f}: {matrix['encoding']}, "
+                f"predicted {matrix['predicted_bytes']} bytes, took {matrix['bytes']}"
+            )
+    n_dense = sum(matrix["encoding"] == "dense" for matrix in summary["matrices"])
+    click.echo(f"{n_dense} of {len(summary['matrices'])} matrices are dense")
+    click.echo(
+        f"{summary['bytes_on_disk'] / 1e6:.1f} MB on disk, {summary['bytes_dense'] / 1e6:.1f} MB as dense float32"
+    )
+    if summary["parity"]:
+        parity = summary["parity"]
+        click.echo(
+            f"Parity: logits within {parity['relative_logit_difference']:.1e} (relative), "
+            f"{parity['n_greedy_tokens']} greedy tokens equal, KL divergence {parity['kl_divergence']:.1e}"
+        )
+    click.echo(f"Artifact: {summary['artifact']}")
+
+
+@cli.command()
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ARTIFACT...")
+@click.option("--baseline", required=True, help="The artifact (name or path) that the others are compared with.")
+@_settings_options(BenchSettings)
+@_settings_options(EvalSettings)
+@click.option("--reference", help="Model that KL divergence is taken against.")
+@_out
+@_seed
+@_force
+@_common_options
+def bench(
+    artifacts: tuple[Path, ...],
+    baseline: str,
+    reference: str | None,
+    out: Path,
+    seed: int,
+    force: bool,
+    threads: str,
+    offline: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Measure latency and quality of artifacts in their engines, and write a report.
+
+    \b
+    Example:
+      owl-deploy bench dense sparse --baseline dense --max-windows 2 --out report
+    """
+    settings, evaluation = _settings(BenchSettings, flags), _settings(EvalSettings, flags)
+    if out.exists() and not force:
+        raise OwlDeployError(f"{out} exists already: give another --out, or --force to replace it")
+    _prepare(offline)
+    from owl_deploy.bench import measure_artifacts, write_report
+
+    with TerminalProgress(is_quiet=quiet) as progress:
+        measured = measure_artifacts(
+            artifacts,
+            settings,
+            baseline=baseline,
+            evaluation=evaluation,
+            reference=reference,
+            threads=_threads(threads),
+            seed=seed,
+            on_step=progress,
+        )
+    write_report(measured, out)
+    if as_json:
+        _print_json({"report": str(out), **measured})
+    else:
+        _print_report(measured, out)
+    if any(row["status"] == "failed" for row in measured["rows"]):
+        raise OwlDeployError(f"an engine failed; its rows say why ({out / 'report.md'})")
+
+
+@cli.group()
+def engines() -> None:
+    """Show and install the engines that run artifacts.
+
+    \b
+    Example:
+      owl-deploy engines list
+    """
+
+
+@engines.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+def list_engines(as_json: bool) -> None:
+    """List the engines, their versions, and why one is not available.
+
+    \b
+    Example:
+      owl-deploy engines list --json
+    """
+    from dataclasses import asdict
+
+    from owl_deploy.engines.bridge import bridge_status
+    from owl_deploy.engines.status import onnxruntime_status
+
+    found = [onnxruntime_status(), bridge_status()]
+    if as_json:
+        _print_json({"engines": [asdict(status) for status in found]})
+        return
+    for status in found:
+        state = status.version if status.is_available else f"unavailable: {status.reason}"
+        click.echo(f"{status.name:<12} {state}  ({status.licence})")
+
+
+@engines.command()
+@click.argument("engine", type=click.Choice(["deepsparse"]))
+@click.option(
+    "--python", help="Interpreter (3.8 to 3.11) to build the environment with.  [default: the first that fits]"
+)
+def install(engine: str, python: str | None) -> None:
+    """Install an engine into an environment of its own.
+
+    \b
+    Example:
+      owl-deploy engines install deepsparse
+    """
+    from owl_deploy.engines.bridge import LICENCE_NOTICE, install_bridge
+
+    click.echo(LICENCE_NOTICE, err=True)
+    folder = install_bridge(python, on_line=lambda line: click.echo(line, err=True))
+    click.echo(f"{engine}: {folder}")
+
+
+def main() -> None:
+    """Run the command line and exit with its code: see `owl_deploy.errors`."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        _leave(error.format_message(), error.exit_code, is_shown=True)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _leave("interrupted: nothing half-written was left; prune and run continue with --resume", 130)
+    except OwlDeployError as error:
+        _leave(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        _leave(
+            f"{error.name} is not installed: pip install 'owl-deploy[prune]' brings what pruning and exporting need", 1
+        )
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            os._exit(1)
+        _leave(f"{error.strerror or error}: {error.filename or 'no file named'}", 1)
+    except MemoryError:
+        _leave("out of memory: lower n_samples or seq_len, or free some memory", 1)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """Turn SIGTERM into an exit that cleans up."""
+    sys.exit(128 + number)
+
+
+def _leave(message: str, code: int, *, is_shown: bool = False) -> None:
+    """Say what went wrong in one sentence, as JSON too where that was asked for, and exit."""
+    if not is_shown:
+        click.echo(f"owl-deploy: {message}", err=True)
+    if "--json" in sys.argv:
+        _print_json({"error": message, "exit_code": code})
+    sys.exit(code)

@@ -1,0 +1,89 @@
+"""Runs one engine in a process of its own, told what to do by JSON lines.
+
+Started as `python <this folder> ENGINE`, also by the interpreter of another environment: Python
+3.8, the standard library, numpy and the engine are all it may need. One request per line on
+stdin, one answer per line on the first stdout; whatever an engine prints goes to stderr.
+
+    {"command": "load", "artifact": DIR, "threads": N, "n_tokens": T, "capacity": S}
+        -> {"load_ms": ..., "version": ...}
+    {"command": "forward", "tokens": [...], "past_len": P, "logits": FILE.npy}
+        -> {} and the logits (T, vocab) float32 in the file
+    {"command": "measure", "tokens": [...], "past_len": P, "n_samples": N} -> {"ns": [...]}
+    {"command": "memory"} -> {"peak_rss_bytes": ...}
+    {"command": "check-sparse", "model": FILE} -> what SparseML reads (bridge environment only)
+
+A request that fails is answered {"error": sentence}; a crash is seen by the end of the stream.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+
+
+def open_session(engine, request):
+    """Load an artifact into an engine; the engine's module is imported here and nowhere else."""
+    arguments = (request["artifact"], request["threads"], request["n_tokens"], request["capacity"])
+    if engine == "deepsparse":
+        from deepsparse_session import DeepSparseSession
+
+        return DeepSparseSession(*arguments)
+    from onnxruntime_session import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(*arguments)
+
+
+def peak_rss_bytes():
+    """High-water mark of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Worker:
+    """The session that is open, and the answers to requests about it."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.session = None
+
+    def load(self, request):
+        started = time.perf_counter()
+        self.session = open_session(self.engine, request)
+        return {"load_ms": (time.perf_counter() - started) * 1e3, "version": self.session.version}
+
+    def forward(self, request):
+        logits = self.session.forward(np.asarray(request["tokens"], dtype=np.int64), request["past_len"])
+        np.save(request["logits"], np.ascontiguousarray(logits, dtype=np.float32), allow_pickle=False)
+        return {}
+
+    def measure(self, request):
+        tokens = np.asarray(request["tokens"], dtype=np.int64)
+        return {"ns": [int(ns) for ns in self.session.measure(tokens, request["past_len"], request["n_samples"])]}
+
+    def memory(self, request):
+        return {"peak_rss_bytes": peak_rss_bytes()}
+
+    def check_sparse(self, request):
+        from sparse_check import check_sparse_initializers
+
+        return check_sparse_initializers(request["model"])
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # engines write banners to stdout
+    worker = Worker(sys.argv[1])
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request["command"].replace("-", "_"))(request)
+        except Exception as error:  # noqa: BLE001  (the other side turns it into its own error)
+            answer = {"error": " ".join("{}: {}".format(type(error).__name__, error).split())}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

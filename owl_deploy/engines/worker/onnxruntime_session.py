@@ -1,0 +1,69 @@
+"""A decoder in ONNX Runtime, its KV cache in one buffer that past and present share."""
+
+import json
+import os
+import time
+
+import numpy as np
+import onnxruntime
+
+
+class OnnxRuntimeSession:
+    """One artifact, loaded for one cache size; `n_tokens` may differ from call to call."""
+
+    def __init__(self, artifact, threads, n_tokens, capacity):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            os.path.join(artifact, "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        self.version = onnxruntime.__version__
+        with open(os.path.join(artifact, "owl.json"), encoding="utf-8") as file:
+            facts = json.load(file)
+        shape = (1, facts["n_kv_heads"], capacity, facts["head_dim"])
+        self.vocab_size = facts["vocab_size"]
+        self.capacity = capacity
+        names = [entry.name for entry in self.session.get_inputs() if entry.name.startswith("past_key_values.")]
+        # One buffer for past and present: GroupQueryAttention then writes new positions in place.
+        self.cache = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
+        self.n_seen = 0
+
+    def _bind(self, tokens, past_len):
+        """Bind the inputs and outputs of one call; returns the binding and the buffer of the logits."""
+        if past_len + len(tokens) > self.capacity:
+            raise ValueError("{} tokens after {} do not fit a cache of {}".format(len(tokens), past_len, self.capacity))
+        binding = self.session.io_binding()
+        mask = np.ones((1, past_len + len(tokens)), np.int64)
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None]))
+        binding.bind_cpu_input("attention_mask", mask)
+        logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, len(tokens), self.vocab_size), np.float32))
+        binding.bind_ortvalue_output("logits", logits)
+        for name, value in self.cache.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
+        return binding, logits
+
+    def forward(self, tokens, past_len):
+        """Return the logits (len(tokens), vocab) of tokens at positions past_len, past_len + 1, ..."""
+        binding, logits = self._bind(tokens, past_len)
+        self.session.run_with_iobinding(binding)
+        self.n_seen = past_len + len(tokens)
+        return logits.numpy()[0]
+
+    def measure(self, tokens, past_len, n_samples):
+        """Return nanoseconds per call with `past_len` positions really in the cache.
+
+        Inputs are bound outside the clock; the call itself, logits included, is inside.
+        """
+        if self.n_seen < past_len:
+            self.forward(np.resize(tokens, past_len), 0)
+        binding, _ = self._bind(tokens, past_len)
+        samples = []
+        for _ in range(n_samples):
+            started = time.perf_counter_ns()
+            self.session.run_with_iobinding(binding)
+            samples.append(time.perf_counter_ns() - started)
+        self.n_seen = past_len + len(tokens)
+        return samples

@@ -1,0 +1,193 @@
+"""The straight line: a recipe goes in, a sparse checkpoint, its artifacts and a latency report come out.
+
+Each stage is skipped where its result lies in the output folder already, made from the same recipe,
+model and versions; the log says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.artifact import OnnxArtifact, is_artifact, open_artifact
+from owl_deploy.bench.measure import measure_artifacts
+from owl_deploy.bench.report import write_report
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.export.writer import export_onnx, export_versions
+from owl_deploy.files import file_sha256
+from owl_deploy.progress import OnStep, silent
+from owl_deploy.pruning import prune, prune_versions
+from owl_deploy.recipe import ArtifactSettings, ExportSettings, Recipe
+
+__all__ = ["RunResult", "run"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the results of a run are."""
+
+    checkpoint: Path
+    artifacts: list[Path]
+    report: Path | None
+    """Folder of the report; None for a recipe without a bench stage."""
+    measured: dict[str, Any] | None
+    """Content of report.json."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `owl-deploy run --json` prints."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "artifacts": [str(path) for path in self.artifacts],
+            "report": str(self.report) if self.report else None,
+            "rows": self.measured["rows"] if self.measured else [],
+        }
+
+
+def run(
+    recipe: Recipe,
+    *,
+    out: Path,
+    force: bool = False,
+    resume: bool = False,
+    offline: bool = False,
+    on_step: OnStep = silent,
+) -> RunResult:
+    """Run all stages of a recipe.
+
+    Args:
+        recipe: what to do.
+        out: folder of the results: `checkpoint/`, `artifacts/NAME/`, `report/`.
+        force: make everything anew, also what could be reused.
+        resume: continue a pruning that was stopped.
+        offline: never ask a hub.
+        on_step: told of every step of every stage.
+
+    Raises:
+        OwlDeployError: and its subclasses; stages that had finished keep their results.
+    """
+    source = open_checkpoint(recipe.model, offline=offline)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = _pruned(
+        recipe, source, out / "checkpoint", force=force, resume=resume, offline=offline, on_step=on_step
+    )
+    artifacts = []
+    for settings in recipe.export:
+        model = recipe.model if settings.checkpoint == "dense" else str(checkpoint)
+        artifacts.append(
+            _artifact(recipe, settings, model, out / "artifacts", force=force, offline=offline, on_step=on_step)
+        )
+    if recipe.bench is None:
+        return RunResult(checkpoint, artifacts, None, None)
+    measured = _report(recipe, artifacts, out / "report", force=force, on_step=on_step)
+    return RunResult(checkpoint, artifacts, out / "report", measured)
+
+
+def _pruned(
+    recipe: Recipe, source: Checkpoint, path: Path, *, force: bool, resume: bool, offline: bool, on_step: OnStep
+) -> Path:
+    """Return the sparse checkpoint, pruning first where it is not there."""
+    wanted = {
+        "recipe": {"model": recipe.model, "seed": recipe.seed, "prune": recipe.prune.model_dump(mode="json")},
+        "source": {"model": recipe.model, "sha256": source.fingerprint},
+        "versions": prune_versions(),
+    }
+    if not force and _agrees(path / "owl.json", wanted):
+        log.info("reusing the sparse checkpoint %s", path)
+        return path
+    report = prune(
+        recipe.model,
+        recipe.prune,
+        out=path,
+        seed=recipe.seed,
+        threads=recipe.threads,
+        resume=resume,
+        force=True,
+        offline=offline,
+        on_step=on_step,
+    )
+    sparsity = report.facts["sparsity"]
+    log.info(
+        "pruned to %.4f of the linears (%.4f of the model) in %.0f s, peak memory %.2f GiB: %s",
+        sparsity["linears"],
+        sparsity["model"],
+        report.seconds,
+        report.peak_rss_bytes / 2**30,
+        path,
+    )
+    return path
+
+
+def _artifact(
+    recipe: Recipe, settings: ArtifactSettings, model: str, folder: Path, *, force: bool, offline: bool, on_step: OnStep
+) -> Path:
+    """Return an artifact, exporting first where it is not there."""
+    path = folder / settings.name
+    checkpoint = open_checkpoint(model, offline=offline)
+    wanted = {
+        **settings.model_dump(mode="json", include={"target", "weights", "precision"}),
+        "checkpoint_sha256": checkpoint.fingerprint,
+        "versions": export_versions(),
+    }
+    if (
+        not force
+        and is_artifact(path)
+        and _agrees(path / "owl.json", wanted)
+        and open_artifact(path).manifest["parity"]
+    ):
+        log.info("reusing the artifact %s", path)
+        return path
+    export_settings = ExportSettings(**settings.model_dump(exclude={"name", "checkpoint"}))
+    artifact = export_onnx(
+        model, export_settings, out=path, threads=recipe.threads, force=True, offline=offline, on_step=on_step
+    )
+    _log_artifact(artifact)
+    return path
+
+
+def _log_artifact(artifact: OnnxArtifact) -> None:
+    manifest = artifact.manifest
+    log.info(
+        "exported %s: %.0f MB on disk (%.0f MB dense), logits within %.1e of the checkpoint's",
+        artifact.path,
+        manifest["bytes_on_disk"] / 1e6,
+        manifest["bytes_dense"] / 1e6,
+        manifest["parity"]["relative_logit_difference"],
+    )
+
+
+def _report(recipe: Recipe, artifacts: list[Path], path: Path, *, force: bool, on_step: OnStep) -> dict[str, Any]:
+    """Return the measured result, measuring first where it is not there."""
+    assert recipe.bench is not None
+    described = recipe.model_dump(mode="json")
+    wanted = {"recipe": described, "artifacts": {item.name: file_sha256(item / "owl.json") for item in artifacts}}
+    if not force and _agrees(path / "report.json", wanted):
+        measured: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        log.info("reusing the report of %s: --force measures again", measured["created"])
+        return measured
+    measured = measure_artifacts(
+        artifacts,
+        recipe.bench,
+        baseline=recipe.bench.baseline,
+        evaluation=recipe.eval,
+        reference=recipe.model,
+        threads=recipe.threads,
+        seed=recipe.seed,
+        recipe=described,
+        on_step=on_step,
+    )
+    write_report(measured, path)
+    return measured
+
+
+def _agrees(file: Path, wanted: dict[str, Any]) -> bool:
+    """Return whether a JSON document is there and has all the wanted values."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items())

@@ -1,0 +1,239 @@
+"""Recipes: everything a run depends on, as plain frozen values.
+
+In: a YAML file, or keyword arguments from the command line. Out: a `Recipe`. Unknown keys and
+impossible values raise `RecipeError` naming key, value and what is allowed. Defaults are written
+here once; the command line shows them and overrides them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from owl_deploy.errors import RecipeError
+
+__all__ = [
+    "ArtifactSettings",
+    "BenchSettings",
+    "EvalSettings",
+    "ExportSettings",
+    "PruneSettings",
+    "Recipe",
+    "checked",
+    "load_recipe",
+    "recipe_from_mapping",
+]
+
+Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
+
+
+def _is_finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+def _is_sparsity(value: float) -> float:
+    if not 0 <= value < 1:  # also refuses NaN
+        raise ValueError("must be in [0, 1)")
+    return value
+
+
+Sparsity = Annotated[float, AfterValidator(_is_sparsity)]
+
+
+class _Settings(BaseModel):
+    """Frozen, and an unknown key is an error. The text under each field is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PruneSettings(_Settings):
+    """What the `prune` stage does to the model."""
+
+    method: Literal["magnitude", "wanda"] = "wanda"
+    """How weights are scored: magnitude (abs(w)) or wanda (abs(w) times input norm)."""
+    allocation: Literal["uniform", "owl"] = "owl"
+    """How the target is shared among decoder blocks: uniform, or owl (outlier-weighed)."""
+    sparsity: Sparsity = 0.7
+    """Target: zeros over elements of all pruned linears together, 0 <= sparsity < 1."""
+    pattern: Literal["unstructured"] = "unstructured"
+    """Which positions may be zero: any."""
+    owl_m: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 5.0
+    """A score is an outlier above owl_m times the mean score of its block."""
+    owl_lambda: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.08
+    """Half the spread of the block sparsities around the target."""
+    calibration: str = "generated"
+    """Text source of the calibration tokens: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
+    n_samples: Annotated[int, Field(ge=1)] = 128
+    """Calibration sequences."""
+    seq_len: Annotated[int, Field(ge=2)] = 2048
+    """Tokens per calibration sequence; never taken from the model's longest context."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
+
+
+class EvalSettings(_Settings):
+    """How the quality of a model is measured."""
+
+    text: str = "python-docs"
+    """Text source of the evaluation tokens (same names as calibration; its held-out part)."""
+    window: Annotated[int, Field(ge=2)] = 2048
+    """Tokens per window; windows do not overlap and the tail is dropped."""
+    max_windows: Annotated[int, Field(ge=1)] | None = None
+    """Windows to use, from the start of the text; all when not given."""
+
+
+class ExportSettings(_Settings):
+    """One ONNX artifact: for which engine, with which weights."""
+
+    target: Literal["onnxruntime", "deepsparse"] = "onnxruntime"
+    """The engine whose dialect of ONNX is written."""
+    weights: Literal["dense", "sparse-initializer"] = "dense"
+    """How matrices are stored: dense, or as ONNX sparse initializers where that is smaller."""
+    precision: Literal["fp32"] = "fp32"
+    """Number format of the stored values."""
+    max_positions: Annotated[int, Field(ge=16)] = 4096
+    """Longest context of the artifact in tokens (rows of its rotary tables), capped by the model's own."""
+
+
+class ArtifactSettings(ExportSettings):
+    """One artifact of a recipe."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the artifact's folder and of its rows in the report."""
+    checkpoint: Literal["dense", "pruned"] = "pruned"
+    """Which model is exported: the one the recipe starts from, or the pruned one."""
+
+
+class BenchSettings(_Settings):
+    """What is timed, and for how long."""
+
+    past_len: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
+    """Context depths, in tokens, at which single-token decode is timed."""
+    prompt_len: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
+    """Prompt lengths, in tokens, at which prefill is timed."""
+    rounds: Annotated[int, Field(ge=2)] = 8
+    """Interleaved rounds: in each one every artifact is timed once, in turn."""
+    decode_samples: Annotated[int, Field(ge=1)] = 16
+    """Timed decode steps per artifact and round."""
+    prefill_samples: Annotated[int, Field(ge=1)] = 2
+    """Timed prefills per artifact and round."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after which a silent engine counts as hung."""
+
+
+class RecipeBenchSettings(BenchSettings):
+    """The bench stage of a recipe."""
+
+    baseline: str
+    """Name of the artifact that the others are compared with."""
+
+
+class Recipe(_Settings):
+    """All stages of one run."""
+
+    model: str
+    """A local Hugging Face folder, a .gguf file, a hub id, or demo:smollm2-135m."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything random: calibration samples, generated text, bootstrap."""
+    threads: Threads = "auto"
+    """Threads of torch and of the engines; auto is what affinity and cgroup quota allow."""
+    prune: PruneSettings = PruneSettings()
+    export: tuple[ArtifactSettings, ...] = ()
+    eval: EvalSettings = EvalSettings()
+    bench: RecipeBenchSettings | None = None
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Recipe:
+        names = [artifact.name for artifact in self.export]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"export: two artifacts are named {twice[0]}")
+        if self.bench is not None and self.bench.baseline not in names:
+            raise ValueError(f"bench.baseline: {self.bench.baseline!r} is not among the artifacts {names}")
+        return self
+
+
+SettingsT = TypeVar("SettingsT", bound=_Settings)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a YAML recipe.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, a key is unknown, or a value is impossible.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    try:
+        mapping = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    return recipe_from_mapping(mapping, where=str(path))
+
+
+def recipe_from_mapping(mapping: Any, *, where: str = "recipe") -> Recipe:
+    """Check a parsed recipe. `where` names it in messages. Raises RecipeError."""
+    if not isinstance(mapping, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys, found {type(mapping).__name__}")
+    return checked(Recipe, mapping, where=where)
+
+
+def checked(kind: type[SettingsT], mapping: dict[str, Any], *, where: str) -> SettingsT:
+    """Build settings from untrusted values; every problem becomes one sentence in one RecipeError."""
+    try:
+        return kind.model_validate(mapping)
+    except ValidationError as error:
+        problems = "; ".join(_sentence(kind, dict(problem)) for problem in error.errors())
+        raise RecipeError(f"{where}: {problems}") from error
+
+
+def _sentence(kind: type[BaseModel], problem: dict[str, Any]) -> str:
+    """Say what is wrong with one key, what was found, and what is allowed."""
+    # Union branches ("int", "literal[...]") appear in the location; keys and indices are what users wrote.
+    location = [part for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    key = ".".join(str(part) for part in location if part not in ("int", "function-after"))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not key:
+        return message
+    hint = ""
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        hint = _nearest(
+            problem["input"], str(problem["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        )
+    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}{hint}"
+
+
+def _known_keys(kind: type[BaseModel], location: list[Any]) -> list[str]:
+    """Return the keys that are valid at `location` inside settings of `kind`."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = kind.model_fields[part].annotation
+        kind = next(candidate for candidate in _models_in(annotation))
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the settings classes mentioned in a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    """Return `; did you mean X?`, or what is allowed when nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"

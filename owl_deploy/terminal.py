@@ -1,0 +1,82 @@
+"""What a person sees while a command works: progress and log lines, all on stderr."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from owl_deploy.progress import Step
+
+__all__ = ["TerminalProgress"]
+
+# Seconds between progress lines where stderr is not a terminal (a log file, CI).
+_LINE_INTERVAL_S = 20.0
+
+
+class TerminalProgress:
+    """One bar with ETA per stage on a terminal; elsewhere a line now and then. Call it with each Step."""
+
+    def __init__(self, *, is_quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=is_quiet, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description:<32}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=self.console,
+            disable=is_quiet or not self.console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> TerminalProgress:
+        package = logging.getLogger("owl_deploy")
+        package.setLevel(logging.INFO)
+        package.handlers = [RichHandler(console=self.console, show_time=False, show_level=False, show_path=False)]
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: Step) -> None:
+        """Show a step."""
+        if self._progress.disable:
+            self._line(step)
+            return
+        # A stage that starts over (the next artifact's export) gets a bar of its own.
+        if step.stage not in self._tasks or self._progress.tasks[self._tasks[step.stage]].completed > step.done:
+            self._tasks[step.stage] = self._progress.add_task(step.stage, total=step.total, note="")
+        self._progress.update(self._tasks[step.stage], completed=step.done, total=step.total, note=step.note)
+
+    def _line(self, step: Step) -> None:
+        """Print a plain line at the start and the end of a stage, and now and then between."""
+        now = time.monotonic()
+        if step.done <= 1 or step.stage not in self._started:
+            self._started[step.stage] = now
+        if step.done < step.total and now - self._last_line < _LINE_INTERVAL_S:
+            return
+        self._last_line = now
+        elapsed = now - self._started[step.stage]
+        left = elapsed / max(step.done, 1) * (step.total - step.done)
+        eta = f", ETA {left:.0f} s" if step.done < step.total else f" in {elapsed:.0f} s"
+        self.console.print(f"{step.stage}: {step.done}/{step.total}{eta} {step.note}", markup=False)

@@ -1,0 +1,254 @@
+"""The container image, really built from the Dockerfile and really run.
+
+Images cannot be pulled everywhere, so the base is made from Debian packages (mmdebstrap) and the Dockerfile gets it
+as its build argument BASE; buildah builds and runs without a daemon. Everything the build installs is downloaded
+first, on the host, with whatever pip settings hold there; the build itself sees one folder of wheels and a pip.conf
+that names it, handed in as a secret. So no setting of the host enters the build, and a mark in that secret shows
+whether anything of it stays in the image. Base and wheels are kept in the user's cache: the first run downloads
+Debian's packages and 107 MB of wheels, later ones nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+tomllib: Any = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+
+pytestmark = [pytest.mark.packaging, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+REPO = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "owl-deploy" / "ci"
+
+# Debian 12 is what python:3.11-slim-bookworm is made of; its python3 is 3.11. usr-is-merged stands in for usrmerge,
+# which would bring 47 MB of perl.
+BASE_RELEASE = "bookworm"
+BASE_PYTHON = "3.11"
+BASE_OPTIONS = (
+    "--variant=minbase",
+    "--include=python3,python3-venv,usr-is-merged",
+    "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+    "--dpkgopt=path-exclude=/usr/share/doc/*",
+    "--dpkgopt=path-exclude=/usr/share/man/*",
+    "--dpkgopt=path-exclude=/usr/share/locale/*",
+)
+
+# Layers uncompressed, without a model. Measured 538 MB: base 128, installed packages 410.
+MAX_IMAGE_BYTES = 600_000_000
+
+# What a report and an engine need beyond starting up: every base dependency imports and ONNX Runtime runs a graph.
+ENGINE_PROBE = """
+import click, jinja2, numpy, onnx, onnx.helper, onnxruntime, plotly.graph_objects, psutil, pydantic, rich, scipy.stats
+import numpy.testing, scipy.sparse, tokenizers, yaml
+value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2])
+graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "twice", [value("x")], [value("y")])
+model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 17)])
+session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+print(session.run(None, {"x": numpy.array([1, 2], numpy.float32)})[0].tolist())
+"""
+
+
+def run_command(command: list[str], timeout_s: float, cwd: Path | None = None) -> str:
+    """Run a command to its end and return its standard output; fail with what it printed if it fails."""
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if result.returncode != 0:
+        output = (result.stdout + result.stderr)[-6000:]
+        raise AssertionError(f"{' '.join(command)}\nexited with {result.returncode}:\n{output}")
+    return result.stdout
+
+
+def cache_key(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Where buildah keeps images and containers: a folder of this test run, not the machine's own storage."""
+
+    folder: Path
+
+    def buildah(self, *arguments: str, timeout_s: float = 120, cwd: Path | None = None) -> str:
+        places = ["--root", str(self.folder / "root"), "--runroot", str(self.folder / "runroot")]
+        return run_command(["buildah", *places, "--storage-driver", "vfs", *arguments], timeout_s, cwd).strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """The built image, with one container of it to run commands in and to look into."""
+
+    storage: Storage
+    container: str
+    filesystem: Path
+    description: dict[str, Any]
+    secret: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.description["OCIv1"]["config"]
+        return config
+
+    def run(self, *command: str) -> str:
+        """Run a command as the image's own user, in its own environment and working directory."""
+        return self.storage.buildah("run", "--isolation", "chroot", self.container, "--", *command)
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    settings: dict[str, Any] = tomllib.loads((REPO / "pyproject.toml").read_text())
+    return settings
+
+
+@pytest.fixture(scope="module")
+def cache() -> Path:
+    """Skip where an image cannot be built at all; else give the folder that is kept between runs."""
+    for tool in ("buildah", "mmdebstrap"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    if os.geteuid() != 0:
+        pytest.skip("building and entering an image this way needs root")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE
+
+
+@pytest.fixture(scope="module")
+def base_archive(cache: Path) -> Path:
+    """Make the base image's file system, once: about 25 s on two idle cores."""
+    archive = cache / f"base-{cache_key(BASE_RELEASE, *BASE_OPTIONS)}.tar"
+    if not archive.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            unfinished = Path(folder) / "base.tar"
+            run_command(["mmdebstrap", *BASE_OPTIONS, BASE_RELEASE, str(unfinished)], timeout_s=600)
+            unfinished.rename(archive)
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheelhouse(cache: Path, project: dict[str, Any]) -> Path:
+    """Download what the build installs, once, with the host's own pip settings: 107 MB, about 10 s."""
+    requirements = sorted([*project["build-system"]["requires"], *project["project"]["dependencies"]])
+    wheels = cache / f"wheels-{cache_key(BASE_PYTHON, *requirements)}"
+    if not wheels.exists():
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            unfinished = Path(folder) / "wheels"
+            options = ["--quiet", "--only-binary", ":all:", "--python-version", BASE_PYTHON, "--dest", str(unfinished)]
+            run_command([sys.executable, "-m", "pip", "download", *options, *requirements], timeout_s=600)
+            unfinished.rename(wheels)
+    return wheels
+
+
+@pytest.fixture(scope="module")
+def image(base_archive: Path, wheelhouse: Path, project: dict[str, Any]) -> Iterator[Image]:
+    with tempfile.TemporaryDirectory(prefix="owl-deploy-image-") as folder:
+        storage = Storage(Path(folder))
+        base = storage.buildah("from", "scratch")
+        run_command(["tar", "-xf", str(base_archive), "-C", storage.buildah("mount", base)], timeout_s=120)
+        storage.buildah("commit", "--quiet", "--rm", base, "localhost/base")
+
+        secret = f"secret-{uuid.uuid4().hex}"
+        pip_conf = Path(folder) / "pip.conf"
+        # The wheels appear under /mnt because every base has that folder: a folder made for them would stay behind.
+        pip_conf.write_text(f"[global]\n# {secret}\nno-index = true\nfind-links = /mnt\n")
+        storage.buildah(
+            *("build", "--isolation", "chroot", "--network", "host", "--tag", "localhost/owl-deploy"),
+            *("--build-arg", "BASE=localhost/base", "--build-arg", f"VERSION={project['project']['version']}"),
+            *("--secret", f"id=pip_conf,src={pip_conf}", "--volume", f"{wheelhouse}:/mnt:ro"),
+            ".",
+            timeout_s=900,
+            cwd=REPO,
+        )
+        container = storage.buildah("from", "localhost/owl-deploy")
+        yield Image(
+            storage=storage,
+            container=container,
+            filesystem=Path(storage.buildah("mount", container)),
+            description=json.loads(storage.buildah("inspect", "--type", "image", "localhost/owl-deploy")),
+            secret=secret,
+        )
+        storage.buildah("rm", "--all")
+        storage.buildah("rmi", "--all", "--force")
+
+
+def test_default_command_prints_help(image: Image) -> None:
+    assert image.config["Entrypoint"] == ["owl-deploy"]
+    assert image.config["Cmd"] == ["--help"]
+    assert "Usage:" in image.run(*image.config["Entrypoint"], *image.config["Cmd"])
+
+
+def test_version_is_that_of_the_project(image: Image, project: dict[str, Any]) -> None:
+    version = project["project"]["version"]
+    assert image.run("owl-deploy", "--version") == f"owl-deploy {version}"
+    assert image.config["Labels"]["org.opencontainers.image.version"] == version
+    assert image.config["Labels"]["org.opencontainers.image.licenses"] == project["project"]["license"]
+
+
+def test_user_is_not_root(image: Image) -> None:
+    assert image.config["User"] == "10001:10001"
+    assert image.run("id", "-u") == "10001"
+    assert image.run("id", "-g") == "10001"
+
+
+def test_user_can_write_to_its_folders_only(image: Image) -> None:
+    assert image.config["WorkingDir"] == "/work"
+    assert list(image.config["Volumes"]) == ["/models"]
+    probe = "import os; print([p for p in ['.', '/models', '/opt/owl-deploy', '/etc'] if os.access(p, os.W_OK)])"
+    assert image.run("python", "-c", probe) == "['.', '/models']"
+
+
+def test_all_four_folders_are_installed(image: Image) -> None:
+    probe = (
+        "import importlib.resources as r; import owl_deploy.bench, owl_deploy.export; "
+        "print(*sorted(p.name for p in (r.files('owl_deploy') / 'recipes').iterdir() if p.suffix == '.yaml'))"
+    )
+    assert image.run("python", "-c", probe).split() == sorted(path.name for path in (REPO / "recipes").glob("*.yaml"))
+
+
+def test_onnxruntime_runs_a_graph(image: Image) -> None:
+    assert image.run("python", "-c", ENGINE_PROBE) == "[2.0, 4.0]"
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers", "deepsparse", "sparseml"])
+def test_module_is_absent(image: Image, module: str) -> None:
+    assert image.run("python", "-c", f"import importlib.util; print(importlib.util.find_spec('{module}'))") == "None"
+
+
+def test_compilers_and_pip_are_absent(image: Image) -> None:
+    tools = ["gcc", "g++", "cc", "c++", "cpp", "clang", "as", "ld", "make", "cmake", "ninja", "pip", "pip3"]
+    probe = f"import shutil; print([tool for tool in {tools} if shutil.which(tool)])"
+    assert image.run("python", "-c", probe) == "[]"
+
+
+def test_pip_settings_of_the_build_are_absent(image: Image) -> None:
+    described = json.dumps(image.description)
+    assert image.secret not in described
+    assert "find-links" not in described
+    assert not [name for name in image.config["Env"] if name.startswith("PIP_")]
+    assert not list(image.filesystem.rglob("pip.conf"))
+    assert not list((image.filesystem / "mnt").iterdir())
+    found = subprocess.run(
+        ["grep", "--recursive", "--files-with-matches", "--fixed-strings", image.secret, str(image.filesystem)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (found.returncode, found.stdout) == (1, "")
+
+
+def test_image_is_small(image: Image, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = json.loads(image.description["Manifest"])["layers"]
+    assert {layer["mediaType"] for layer in layers} == {"application/vnd.oci.image.layer.v1.tar"}
+    layer_bytes = [layer["size"] for layer in layers]
+    with capsys.disabled():
+        megabytes = " + ".join(f"{size / 1e6:.0f}" for size in layer_bytes)
+        print(f"\nimage: {sum(layer_bytes) / 1e6:.0f} MB uncompressed, by layer {megabytes} MB, without a model")
+    assert sum(layer_bytes) < MAX_IMAGE_BYTES
