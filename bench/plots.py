@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 Row: TypeAlias = dict[str, Any]
 Figure: TypeAlias = dict[str, Any]
 
-# Each has at least 3:1 contrast on white and on the page's dark background; the symbols tell series apart without colour.
+# Each has at least 3:1 contrast on the page's light and dark panels; the symbols tell series apart without colour.
 PALETTE = ("#2f78d0", "#c8602a", "#23906a", "#a95bc6", "#c4485f", "#8a7a1f", "#2a8a9c", "#7b7f87")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 _GREY = "#7b7f87"
 _MAX_TEXT = 48
 _SPARSE = 0.05
-BLANK = "–"
+BLANK = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,8 @@ def speedup_plot(name: str, title: str, rows: Sequence[Row], colours: dict[str, 
         shapes=[_level(1.0)],
         annotations=[_level_label(1.0, "baseline", "right", "bottom")],
     )
-    said = "; ".join(
-        f"{_plain(row)} {row['speedup']['p50']:.2f}, interval {row['speedup']['low']:.2f} to {row['speedup']['high']:.2f}"
-        for row in shown
-    )
+    ratios = [(_plain(row), row["speedup"]) for row in shown]
+    said = "; ".join(f"{name} {r['p50']:.2f}, interval {r['low']:.2f} to {r['high']:.2f}" for name, r in ratios)
     return Plot(
         name,
         title,

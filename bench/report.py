@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -59,11 +58,11 @@ DEFINITIONS: Facts = [
     ("speed-up", "Median of the baseline over median of the case, same workload: above 1 is faster, below 1 slower."),
     (
         "95 % interval",
-        "Of the speed-up, by a bootstrap over rounds, then over samples within rounds; one that contains 1 shows no difference.",
+        "Of the speed-up: bootstrap over rounds, then samples within rounds. One that contains 1 shows no difference.",
     ),
     (
         "void",
-        "A speed-up that is not shown: the artifact did not pass parity, its perplexity is unknown, or the baseline failed.",
+        "A speed-up not shown: the artifact did not pass parity, its perplexity is unknown, or the baseline failed.",
     ),
     ("bytes/step", "What a step has to read at least; the protocol says what is counted."),
     ("of ceiling", "Bytes per step over the median time, as a share of the memory bandwidth measured on this machine."),
@@ -538,8 +537,7 @@ def html_page(result: Result) -> str:
         recipe=json.dumps(result["recipe"], indent=2) if result.get("recipe") else "",
         created=result["created"],
         cpu=result["machine"]["cpu"],
-        # Plotly's own code, not text from the result.
-        plotly=Markup(plotly.replace("\r\n", "\n")),
+        plotly=plotly,
     )
 
 
@@ -582,7 +580,7 @@ def _html_table(workload: Workload) -> dict[str, Any]:
 
 def _csp_hash(script: str) -> str:
     """Return the hash by which the page's content security policy lets this script run, and no other."""
-    return Markup("'sha256-{}'").format(base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode())
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 # Rows in groups, numbers in words.

@@ -68,11 +68,11 @@ def speedup_interval(
 
     A shared machine drifts: clock, neighbours and page placement change between rounds far more than between the
     samples of one round. Samples of a round are therefore not independent, and a bootstrap over the pooled samples is
-    too sure of itself: in a simulation with 5-20 rounds of 15 samples its 95 % interval held the true ratio in 87-91 % of
-    the trials, this one in 96-97 %. Here each resample first draws rounds with replacement, then
-    samples with replacement within each drawn round. The engines were run in turn (A-B-A-B), so round k of the baseline
-    and round k of the case met the same state of the machine: both take the *same* drawn rounds, and drift that they
-    share cancels in the ratio.
+    too sure of itself: in a simulation with 5-20 rounds of 15 samples its 95 % interval held the true ratio in 87-91 %
+    of the trials, this one in 96-97 %. Here each resample first draws rounds with replacement, then samples with
+    replacement within each drawn round. The engines were run in turn (A-B-A-B), so round k of the baseline and round k
+    of the case met the same state of the machine: both take the *same* drawn rounds, and drift that they share cancels
+    in the ratio.
 
     Hierarchical (cluster) bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 8; for
     benchmarks: Kalibera and Jones, Rigorous Benchmarking in Reasonable Time, ISMM 2013. Percentile interval. With one

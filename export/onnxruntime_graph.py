@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from owl_deploy.errors import UnsupportedModelError
 from owl_deploy.export.decoder import Decoder, WeightSource
 from owl_deploy.export.graph import GraphWriter
 
@@ -36,7 +37,14 @@ def onnxruntime_graph(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, Weig
 
     Returns:
         The model without its weights, and initializer name -> where that weight comes from.
+
+    Raises:
+        UnsupportedModelError: the heads are of a size that the operator does not take.
     """
+    if decoder.head_dim % 16:
+        raise UnsupportedModelError(
+            f"head size {decoder.head_dim}: ONNX Runtime's GroupQueryAttention rotates heads of a multiple of 16 only"
+        )
     writer = GraphWriter(opsets=_OPSETS, ir_version=_IR_VERSION)
     op = writer.op
     input_ids = writer.int64_input("input_ids", ["batch", "tokens"])

@@ -182,9 +182,10 @@ class Page(HTMLParser):
 
 def test_verdict_puts_quality_beside_speed() -> None:
     assert verdict(bench_result(FASTER)) == (
-        "onnxruntime dense fp32 decodes in 19.0 ms per token (256 tokens of context); onnxruntime sparse-operator fp32 at "
-        "70 % sparsity is 1.90x faster (95 % interval 1.80-2.00) at perplexity 812 instead of 31.4; no case is shown to be "
-        "both faster and within 10 % of the baseline's perplexity."
+        "onnxruntime dense fp32 decodes in 19.0 ms per token (256 tokens of context); "
+        "onnxruntime sparse-operator fp32 at 70 % sparsity is 1.90x faster (95 % interval 1.80-2.00) "
+        "at perplexity 812 instead of 31.4; "
+        "no case is shown to be both faster and within 10 % of the baseline's perplexity."
     )
 
 
@@ -312,7 +313,8 @@ def test_every_row_appears(render: Any) -> None:
 def test_void_speedups_are_not_printed(render: Any) -> None:
     text = flat(render(bench_result(UNKNOWN, BROKEN)))
     assert all(word in text.split() for word in ("void:", "perplexity", "unknown", "parity", "failed"))
-    assert "2.71" not in text and "3.17" not in text
+    assert "2.71" not in text
+    assert "3.17" not in text
 
 
 @pytest.mark.parametrize("render", [markdown, page_text])
@@ -353,7 +355,8 @@ def test_terminal_table_fits_a_hundred_columns_and_cuts_nothing() -> None:
 
 def test_terminal_table_swallows_control_characters_and_markup() -> None:
     text = rendered(bench_result(FASTER | {"artifact": "a\x1b[31m[red]b\x07"}))
-    assert "\x1b" not in text and "\x07" not in text
+    assert "\x1b" not in text
+    assert "\x07" not in text
     assert "[red]" in text.replace("\n", "")
 
 
@@ -396,9 +399,12 @@ def test_html_loads_nothing() -> None:
         assert tag not in ("link", "iframe", "object", "embed", "base")
         for name in ("src", "href", "srcset", "data", "action"):
             assert name not in attributes, (tag, attributes)
-    assert "@import" not in page.styles and "url(" not in page.styles
+    assert "@import" not in page.styles
+    assert "url(" not in page.styles
     (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy is not None and policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert policy.count("'sha256-") == 2
 
 
 def test_html_is_accessible() -> None:
@@ -459,7 +465,8 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
         bench_result(FASTER | {"perplexity": float("inf"), "kl_divergence": float("nan")}), tmp_path / "report"
     )
     row = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["rows"][1]
-    assert row["perplexity"] is None and row["kl_divergence"] is None
+    assert row["perplexity"] is None
+    assert row["kl_divergence"] is None
     assert "void: perplexity unknown" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
 
 

@@ -17,22 +17,23 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium installed")]
 
 # A headless window is never narrower than about 500 pixels, a frame can be: media queries see the frame's width.
-MEASURE = """<!doctype html><meta charset="utf-8"><iframe id="frame" style="width: {width}px; height: 900px; border: 0" srcdoc="{page}"></iframe>
+MEASURE = """<!doctype html><meta charset="utf-8">
+<iframe id="frame" style="width: {width}px; height: 900px; border: 0" srcdoc="{page}"></iframe>
 <pre id="measured"></pre>
 <script>
 const frame = document.getElementById("frame");
-const drawn = (page) => [...page.querySelectorAll(".plot[role=img]")].filter((node) => node.querySelector("svg.main-svg .xtick"));
 const measure = () => {{
   const page = frame.contentDocument, right = frame.contentWindow.innerWidth + 1;
+  const plots = [...page.querySelectorAll(".plot[role=img]")], tables = [...page.querySelectorAll(".table")];
   const wide = [...page.querySelectorAll("main *")].filter(
     (node) => !node.closest(".table, svg") && node.getBoundingClientRect().right > right);
   document.getElementById("measured").textContent = JSON.stringify({{
     width: frame.contentWindow.innerWidth,
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
-    table_overflow: Math.max(...[...page.querySelectorAll(".table")].map((node) => node.scrollWidth - node.clientWidth)),
+    table_overflow: Math.max(...tables.map((node) => node.scrollWidth - node.clientWidth)),
     wide: wide.map((node) => node.outerHTML.slice(0, 120)),
-    n_drawn: drawn(page).length,
-    n_plots: page.querySelectorAll(".plot[role=img]").length,
+    n_drawn: plots.filter((node) => node.querySelector("svg.main-svg .xtick")).length,
+    n_plots: plots.length,
     n_bars: page.querySelectorAll(".bars .point").length,
     n_points: page.querySelectorAll(".scatterlayer .point").length,
     owned: frame.contentWindow.owned === true,

@@ -14,7 +14,7 @@ Rounds = list[list[int]]
 def simulated_rounds(
     generator: np.random.Generator, speedup: float, n_rounds: int = 10, n_samples: int = 15
 ) -> tuple[Rounds, Rounds]:
-    """Return (baseline, case) in ns: 10 % drift shared by a pair of rounds, 3 % of its own per round, 5 % per sample."""
+    """Return (baseline, case) in ns: 10 % drift shared by paired rounds, 3 % of its own per round, 5 % per sample."""
     drift = generator.normal(0.0, 0.10, size=(n_rounds, 1))
 
     def engine(median_ns: float) -> Rounds:

@@ -50,7 +50,7 @@ class OnnxRuntimeSession:
         binding, logits = self._bind(tokens, past_len)
         self.session.run_with_iobinding(binding)
         self.n_seen = past_len + len(tokens)
-        return logits.numpy()[0]
+        return np.array(logits.numpy()[0])  # a copy: the view does not keep the OrtValue's memory alive
 
     def measure(self, tokens, past_len, n_samples):
         """Return nanoseconds per call with `past_len` positions really in the cache.
