@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from owl_deploy.threads import ThreadCount
 
-__all__ = ["MachineWatch", "machine_facts", "memory_bandwidth"]
+__all__ = ["MachineWatch", "machine_facts"]
 
 # Vector extensions that decide how fast a matrix kernel can be; the others are noise in a report.
 _ISA = (
@@ -40,8 +37,6 @@ _ISA = (
     "i8mm",
     "sve",
 )
-_PROBE_BYTES = 1 << 29
-_PROBE_REPEATS = 8
 
 
 def machine_facts(threads: ThreadCount) -> dict[str, Any]:
@@ -59,28 +54,6 @@ def machine_facts(threads: ThreadCount) -> dict[str, Any]:
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-
-
-def memory_bandwidth(n_threads: int) -> float:
-    """Return the best read bandwidth seen, in bytes per second: dot products over 512 MiB, one slice a thread.
-
-    Far beyond any cache, and one multiplication per 4 bytes, so memory bounds it. numpy frees the
-    interpreter lock inside; its BLAS must not start threads of its own, so slices are kept below
-    the size from which OpenBLAS does (10 000 elements).
-    """
-    slices = np.array_split(np.ones(_PROBE_BYTES // 4, dtype=np.float32).reshape(-1, 8192), n_threads)
-
-    def read(part: Any) -> None:
-        for row in part:
-            np.dot(row, row)
-
-    best = float("inf")
-    with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(_PROBE_REPEATS):
-            started = time.perf_counter()
-            list(pool.map(read, slices))
-            best = min(best, time.perf_counter() - started)
-    return _PROBE_BYTES / best
 
 
 @dataclass

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.artifact import OnnxArtifact, open_artifact
-from owl_deploy.bench.machine import MachineWatch, machine_facts, memory_bandwidth
+from owl_deploy.bench.bandwidth import memory_bandwidth
+from owl_deploy.bench.machine import MachineWatch, machine_facts
 from owl_deploy.bench.report import DEEPSPARSE_LICENCE
 from owl_deploy.bench.statistics import speedup_interval, summary_ms
 from owl_deploy.engines.process import EngineProcess, open_engine
@@ -41,7 +42,8 @@ _OUTSIDE_CLOCK = (
     "inside: one call of the engine, with the logits of all its tokens and the update of the KV cache"
 )
 _BYTES_PER_STEP = (
-    "weights that one decode step multiplies plus the keys and values it reads; ONNX Runtime holds sparse initializers densely, "
+    "weights that one decode step multiplies plus the keys and values it reads; ONNX Runtime holds sparse "
+    "initializers densely, "
     "so all elements count; DeepSparse's format is not public, so its non-zero values alone count, a lower bound"
 )
 _STABLE = 0.05
@@ -127,8 +129,8 @@ def measure_artifacts(
     plan = workloads(settings)
     _check_lengths(opened, plan)
     count = resolve_threads(threads)
-    qualities = {artifact.name: _quality(artifact, evaluation, reference, count.n, on_step) for artifact in opened}
     watch = MachineWatch.start()
+    qualities = {artifact.name: _quality(artifact, evaluation, reference, count.n, on_step) for artifact in opened}
     bandwidth = memory_bandwidth(count.n)
     rows: list[dict[str, Any]] = []
     for workload in plan:
@@ -146,7 +148,8 @@ def measure_artifacts(
         "protocol": {
             "n_rounds": settings.rounds,
             "samples_per_round": {"decode": settings.decode_samples, "prefill": settings.prefill_samples},
-            "warmup": f"until the median changes by less than {_STABLE:.0%} between batches, at most {_MAX_WARMUPS} batches",
+            "warmup": f"until the median changes by less than {_STABLE:.0%} between batches, at most "
+            "{_MAX_WARMUPS} batches",
             "interleaved": True,
             "outside_clock": _OUTSIDE_CLOCK,
             "bytes_per_step": _BYTES_PER_STEP,
@@ -175,7 +178,8 @@ def _check_lengths(artifacts: list[OnnxArtifact], plan: list[Workload]) -> None:
     for artifact in artifacts:
         if longest > artifact.facts.max_positions:
             raise RecipeError(
-                f"{artifact.name} holds {artifact.facts.max_positions} positions and the longest workload needs {longest}: "
+                f"{artifact.name} holds {artifact.facts.max_positions} positions and the longest workload "
+                f"needs {longest}: "
                 "lower past_len or prompt_len, or export with a larger max_positions"
             )
 
@@ -197,7 +201,8 @@ def _measure_workload(
     needed = sum(2 * case.artifact.manifest["bytes_dense"] for case in cases)
     if needed > available_bytes():
         raise OwlDeployError(
-            f"{len(cases)} artifacts side by side may need {needed / 2**30:.1f} GiB and {available_bytes() / 2**30:.1f} are free: "
+            f"{len(cases)} artifacts side by side may need {needed / 2**30:.1f} GiB and "
+            f"{available_bytes() / 2**30:.1f} are free: "
             "bench fewer of them at once"
         )
     total = len(cases) * (settings.rounds + 1)

@@ -96,7 +96,8 @@ def write_initializers(
         is_external = inline_bytes > inline_limit
         if is_external and target == "deepsparse":
             raise OwlDeployError(
-                f"sparse initializers of {inline_bytes} bytes do not fit inside model.onnx ({inline_limit} bytes), and DeepSparse "
+                f"sparse initializers of {inline_bytes} bytes do not fit inside model.onnx ({inline_limit} "
+                "bytes), and DeepSparse "
                 "reads them from nowhere else: export with weights dense"
             )
     stored: list[StoredMatrix] = []

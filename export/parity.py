@@ -106,7 +106,8 @@ def _compare_logits(name: str, precision: str, expected: NDArray[np.float32], ac
         position, token = np.unravel_index(int(np.nan_to_num(difference, nan=np.inf).argmax()), difference.shape)
         raise ParityError(
             f"{name}: logits differ from the checkpoint by {relative:.2e} of the largest one (allowed {limit:g}); "
-            f"furthest at position {position}, token {token}: {actual[position, token]:.6g} instead of {expected[position, token]:.6g}"
+            f"furthest at position {position}, token {token}: {actual[position, token]:.6g} instead of "
+            f"{expected[position, token]:.6g}"
         )
     kl, top1 = divergence(expected, actual)
     return Parity(largest, relative, kl, top1, len(expected), _GREEDY_TOKENS)
@@ -120,6 +121,7 @@ def _compare_greedy(name: str, engine: EngineProcess, prompt: NDArray[np.int64],
         wanted = int(sequence[position + 1])
         if position + 1 >= len(prompt) and int(logits.argmax()) != wanted:
             raise ParityError(
-                f"{name}: greedy token {position + 1 - len(prompt)} is {int(logits.argmax())}, the checkpoint's is {wanted} "
+                f"{name}: greedy token {position + 1 - len(prompt)} is {int(logits.argmax())}, the "
+                f"checkpoint's is {wanted} "
                 f"(logits {logits.max():.6g} and {logits[wanted]:.6g})"
             )

@@ -96,7 +96,8 @@ def _sampled(encoder: Encoder, settings: PruneSettings, seed: int) -> NDArray[np
     n_windows = len(stream) // body_len
     if n_windows < settings.n_samples:
         raise OwlDeployError(
-            f"too little calibration text: {settings.calibration} gives {len(stream)} tokens, and {settings.n_samples} samples of "
+            f"too little calibration text: {settings.calibration} gives {len(stream)} tokens, and "
+            f"{settings.n_samples} samples of "
             f"{settings.seq_len} need {needed}: lower n_samples or seq_len, or name a longer text"
         )
     chosen = random.Random(seed).sample(range(n_windows), settings.n_samples)

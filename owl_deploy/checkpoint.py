@@ -172,8 +172,10 @@ def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
         pickles = sorted(item.name for pattern in _PICKLES for item in path.glob(pattern))
         if pickles:
             raise UnsupportedModelError(
-                f"{path} holds only pickle weights ({pickles[0]}), which can run code when loaded: convert them where you "
-                "trust them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+                f"{path} holds only pickle weights ({pickles[0]}), which can run code when loaded: convert "
+                "them where you "
+                "trust them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., "
+                "safe_serialization=True)"
             )
         raise UnsupportedModelError(f"{path} holds no .safetensors weights")
     for file in files:

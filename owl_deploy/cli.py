@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import click
-from pydantic import BaseModel
 
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.recipe import (
@@ -25,6 +24,8 @@ from owl_deploy.recipe import (
     EvalSettings,
     ExportSettings,
     PruneSettings,
+    Settings,
+    SettingsT,
     checked,
     load_recipe,
     recipe_from_mapping,
@@ -36,7 +37,7 @@ __all__ = ["main"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _settings_options(kind: type[BaseModel]) -> Callable[[Command], Command]:
+def _settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
     """Add one flag per settings field: same name, same default, same description as in a recipe."""
 
     def decorate(command: Command) -> Command:
@@ -53,7 +54,7 @@ def _settings_options(kind: type[BaseModel]) -> Callable[[Command], Command]:
     return decorate
 
 
-def _settings(kind: type[BaseModel], flags: dict[str, Any]) -> Any:
+def _settings(kind: type[SettingsT], flags: dict[str, Any]) -> SettingsT:
     """Take the flags of `kind` out of `flags` and check them; those not given keep their default."""
     values = {name: flags.pop(name) for name in kind.model_fields if name in flags}
     return checked(
@@ -251,7 +252,8 @@ def _print_sparsity(facts: dict[str, Any]) -> None:
     console.print(table)
     sparsity = facts["sparsity"]
     click.echo(
-        f"Sparsity {sparsity['linears']:.4f} of the linears (target {sparsity['target']:g}), {sparsity['model']:.4f} of the model"
+        f"Sparsity {sparsity['linears']:.4f} of the linears (target {sparsity['target']:g}), "
+        f"{sparsity['model']:.4f} of the model"
     )
     click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
     click.echo(f"Checkpoint: {facts['checkpoint']}")
@@ -395,7 +397,8 @@ def bench(
     if out.exists() and not force:
         raise OwlDeployError(f"{out} exists already: give another --out, or --force to replace it")
     _prepare(offline)
-    from owl_deploy.bench import measure_artifacts, write_report
+    from owl_deploy.bench.measure import measure_artifacts
+    from owl_deploy.bench.report import write_report
 
     with TerminalProgress(is_quiet=quiet) as progress:
         measured = measure_artifacts(
@@ -495,7 +498,7 @@ def main() -> None:
         _leave("out of memory: lower n_samples or seq_len, or free some memory", 1)
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+def _terminated(number: int, _: FrameType | None) -> None:
     """Turn SIGTERM into an exit that cleans up."""
     sys.exit(128 + number)
 

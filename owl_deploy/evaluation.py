@@ -184,7 +184,7 @@ class _Sums:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean over windows of the mean negative log-likelihood per token."""
+        """Exp of the mean over windows of the mean negative log-likelihood per token."""
         return perplexity(self.nll)
 
 
@@ -233,7 +233,8 @@ def evaluation_windows(encoder: Encoder, settings: EvalSettings) -> Windows:
     n_windows = len(tokens) // settings.window
     if n_windows == 0:
         raise OwlDeployError(
-            f"too little evaluation text: {settings.text} gives {len(tokens)} tokens, one window needs {settings.window}: lower window"
+            f"too little evaluation text: {settings.text} gives {len(tokens)} tokens, one window needs "
+            f"{settings.window}: lower window"
         )
     n_windows = min(n_windows, settings.max_windows or n_windows)
     starts_with_bos = encoder.bos_token_id is not None and int(tokens[0]) == encoder.bos_token_id
@@ -247,7 +248,8 @@ def open_language_model(model: str, threads: int, window: int, *, offline: bool 
         artifact = open_artifact(Path(model))
         if window > artifact.facts.max_positions:
             raise UnsupportedModelError(
-                f"window {window} is longer than the {artifact.facts.max_positions} positions of artifact {artifact.name}: lower it"
+                f"window {window} is longer than the {artifact.facts.max_positions} positions of artifact "
+                f"{artifact.name}: lower it"
             )
         chunk = math.gcd(_CHUNK, window)
         with open_engine(artifact, threads=threads, n_tokens=chunk, capacity=window) as engine:

@@ -109,8 +109,8 @@ def prune(
     method = METHODS[settings.method]
     needs_data = method.new_statistic is not None or settings.allocation == "owl"
     calibration = calibration_tokens(checkpoint, settings, seed=seed, on_step=on_step) if needs_data else None
-    log.info("predicted peak memory: %.2f GiB", predicted_peak_bytes(skeleton, settings) / 2**30)
     reset_peak_rss()
+    log.info("predicted peak memory: %.2f GiB", predicted_peak_bytes(skeleton, settings) / 2**30)
 
     fingerprint = _fingerprint(checkpoint, settings, calibration, seed, n_threads)
     work = _Work.open(out, fingerprint, resume=resume)
@@ -118,9 +118,8 @@ def prune(
     sparsities = _allocate(settings, skeleton.n_weights(), ratios)
     _prune_blocks(skeleton, method, calibration, sparsities, work, on_step)
     facts = _facts(skeleton, settings, calibration, seed, ratios, sparsities, work)
-    peak, seconds = peak_rss_bytes(), time.perf_counter() - started
-    _finish(skeleton, work, out, facts, {"seconds": round(seconds, 3), "peak_rss_bytes": peak})
-    return SparsityReport(out, facts, seconds, peak)
+    totals = _finish(skeleton, work, out, facts, started)
+    return SparsityReport(out, facts, totals["seconds"], totals["peak_rss_bytes"])
 
 
 def predicted_peak_bytes(skeleton: Skeleton, settings: PruneSettings) -> int:
@@ -132,11 +131,14 @@ def predicted_peak_bytes(skeleton: Skeleton, settings: PruneSettings) -> int:
     largest_linear = max(
         linear.weight.numel() for i in range(len(skeleton.blocks)) for linear in skeleton.linears(i).values()
     )
-    hidden = int(skeleton.model.config.hidden_size)
-    widest = max(linear.weight.shape[0] for linear in skeleton.linears(0).values())
+    hidden: int = skeleton.model.config.hidden_size
+    widest: int = max(linear.out_features for linear in skeleton.linears(0).values())
     activations = settings.n_samples * settings.seq_len * hidden + 8 * settings.seq_len * widest
-    # Selection holds the score (4 bytes), its sorted copy (4), the order (8) and the mask (1) of one matrix.
-    return rss_bytes() + 4 * (outside + 2 * max(blocks) + activations) + 17 * largest_linear
+    # The embedding is held by the model, and while a shard is written once more as read and once as
+    # serialised; a block likewise. Selection holds the score (4 bytes), its sorted copy (4), the
+    # order (8) and the mask (1) of one matrix.
+    held: int = rss_bytes() + 4 * (3 * outside + 3 * max(blocks) + activations) + 17 * largest_linear
+    return held
 
 
 def prune_versions() -> dict[str, str]:
@@ -182,7 +184,7 @@ class _Work:
         """Start afresh, or continue a folder of the same fingerprint.
 
         Raises:
-            RecipeError: the folder was begun with other settings, data or model; the message names the first difference.
+            RecipeError: the folder was begun with other settings, data or model; the first difference is named.
         """
         folder = out.with_name(f".{out.name}.partial")
         work = cls(folder)
@@ -352,7 +354,8 @@ def _run_block_(
                 inputs.hidden_states[i] = output
             if not torch.isfinite(output).all():
                 raise OwlDeployError(
-                    f"the output of block {index} holds NaN or Inf on calibration sequence {i}: nothing was pruned after it"
+                    f"the output of block {index} holds NaN or Inf on calibration sequence {i}: nothing was "
+                    "pruned after it"
                 )
     finally:
         for hook in hooks:
@@ -406,8 +409,8 @@ def _facts(
     }
 
 
-def _finish(skeleton: Skeleton, work: _Work, out: Path, facts: dict[str, Any], totals: dict[str, Any]) -> None:
-    """Gather shards, the tensors outside the blocks, configuration and tokenizer into the final folder."""
+def _finish(skeleton: Skeleton, work: _Work, out: Path, facts: dict[str, Any], started: float) -> dict[str, Any]:
+    """Gather shards, the tensors outside the blocks, configuration and tokenizer; return time and memory."""
     checkpoint = skeleton.checkpoint
     n_blocks = len(skeleton.blocks)
     in_blocks = {tensor for index in range(n_blocks) for tensor in skeleton.block_tensors(index).values()}
@@ -434,8 +437,10 @@ def _finish(skeleton: Skeleton, work: _Work, out: Path, facts: dict[str, Any], t
                 shutil.copyfile(file, folder / file.name)
         write_json(folder / "owl.json", facts)
         measured = [work.load(f"block-{index:05d}.json")["measured"] for index in range(n_blocks)]
+        totals = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
         write_json(folder / "measured.json", {**totals, "blocks": measured})
     shutil.rmtree(work.folder, ignore_errors=True)
+    return totals
 
 
 def _link(source: Path, target: Path) -> None:

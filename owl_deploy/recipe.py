@@ -24,6 +24,8 @@ __all__ = [
     "ExportSettings",
     "PruneSettings",
     "Recipe",
+    "Settings",
+    "SettingsT",
     "checked",
     "load_recipe",
     "recipe_from_mapping",
@@ -47,13 +49,13 @@ def _is_sparsity(value: float) -> float:
 Sparsity = Annotated[float, AfterValidator(_is_sparsity)]
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
     """Frozen, and an unknown key is an error. The text under each field is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class PruneSettings(_Settings):
+class PruneSettings(Settings):
     """What the `prune` stage does to the model."""
 
     method: Literal["magnitude", "wanda"] = "wanda"
@@ -69,7 +71,8 @@ class PruneSettings(_Settings):
     owl_lambda: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.08
     """Half the spread of the block sparsities around the target."""
     calibration: str = "generated"
-    """Text source of the calibration tokens: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
+    """Text source of the calibration tokens: generated, python-docs, wikitext2, c4, text:PATH, "
+    "jsonl:PATH[:field] or hf:NAME."""
     n_samples: Annotated[int, Field(ge=1)] = 128
     """Calibration sequences."""
     seq_len: Annotated[int, Field(ge=2)] = 2048
@@ -78,7 +81,7 @@ class PruneSettings(_Settings):
     """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
 
 
-class EvalSettings(_Settings):
+class EvalSettings(Settings):
     """How the quality of a model is measured."""
 
     text: str = "python-docs"
@@ -89,7 +92,7 @@ class EvalSettings(_Settings):
     """Windows to use, from the start of the text; all when not given."""
 
 
-class ExportSettings(_Settings):
+class ExportSettings(Settings):
     """One ONNX artifact: for which engine, with which weights."""
 
     target: Literal["onnxruntime", "deepsparse"] = "onnxruntime"
@@ -111,7 +114,7 @@ class ArtifactSettings(ExportSettings):
     """Which model is exported: the one the recipe starts from, or the pruned one."""
 
 
-class BenchSettings(_Settings):
+class BenchSettings(Settings):
     """What is timed, and for how long."""
 
     past_len: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
@@ -135,7 +138,7 @@ class RecipeBenchSettings(BenchSettings):
     """Name of the artifact that the others are compared with."""
 
 
-class Recipe(_Settings):
+class Recipe(Settings):
     """All stages of one run."""
 
     model: str
@@ -160,7 +163,7 @@ class Recipe(_Settings):
         return self
 
 
-SettingsT = TypeVar("SettingsT", bound=_Settings)
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -140,7 +140,8 @@ def _data_set(path: str, **arguments: Any) -> Iterator[str]:
         raise OwlDeployError(f"the data set {path} has no column named text") from error
     except Exception as error:  # the library raises its own, the hub's, pyarrow's and aiohttp's errors
         raise OwlDeployError(
-            f"the data set {path} cannot be read ({type(error).__name__}): without a hub use python-docs, generated or text:PATH"
+            f"the data set {path} cannot be read ({type(error).__name__}): without a hub use python-docs, "
+            "generated or text:PATH"
         ) from error
 
 

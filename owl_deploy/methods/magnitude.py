@@ -9,7 +9,7 @@ from owl_deploy.methods.method import Method, prune_lowest
 __all__ = ["METHOD", "prune"]
 
 
-def prune(weight: torch.Tensor, statistic: None, sparsity: float) -> torch.Tensor:
+def prune(weight: torch.Tensor, _: None, sparsity: float) -> torch.Tensor:
     """Zero the weights of smallest magnitude, compared within the whole matrix.
 
     The baseline of the SparseGPT and Wanda codes thresholds at the magnitude of rank
@@ -18,7 +18,6 @@ def prune(weight: torch.Tensor, statistic: None, sparsity: float) -> torch.Tenso
 
     Args:
         weight: (out, in) float32.
-        statistic: not used.
         sparsity: share of the matrix to prune.
     """
     mask = prune_lowest(weight.abs().reshape(1, -1), sparsity).reshape(weight.shape)

@@ -23,9 +23,10 @@ from numpy.typing import NDArray  # noqa: E402
 
 _PAST = "past_key_values."
 _PRESENT = "present."
-# The engine's own cache holds its number of past positions rounded down to some multiple, new
-# tokens included, and slides beyond: wrong logits at 257 of 257, right at 256 of 256.
-_CACHE_MULTIPLE = 16
+# The engine's own cache holds its past positions rounded to the nearest multiple of 64, new tokens
+# included, and slides beyond without a word: compiled for 96 it is right for 64 tokens and wrong
+# from the 65th, for 112 or 120 right for all; for 257 wrong from the 257th.
+_CACHE_MULTIPLE = 64
 
 
 class DeepSparseSession:
@@ -63,8 +64,9 @@ class DeepSparseSession:
         self._names = list(self._engine.input_names)
         shapes = dict(zip(self._names, self._engine.input_shapes))
         self._kv_cache = LIB.kv_cache(0, 0) if is_internal else None
-        # With the cache inside, the engine wants inputs of batch 0 in its place.
-        self._past = {
+        # With the cache inside, the engine wants inputs of batch 0 in its place. Outside, the last
+        # column is always the newest position that was seen.
+        self._cache = {
             name: np.zeros((0 if is_internal else 1, *shape[1:]), np.float32)
             for name, shape in shapes.items()
             if name.startswith(_PAST)
@@ -74,7 +76,8 @@ class DeepSparseSession:
         """Return the logits (len(tokens), vocab) of tokens at positions past_len, past_len + 1, ...
 
         `past_len` may be anything up to the number of positions seen; later ones are forgotten.
-        Fewer tokens than the session was compiled for are padded behind, which costs as much as all.
+        Fewer tokens than the session was compiled for are padded behind, which costs as much as
+        all, and needs as much room in the cache.
         """
         n = len(tokens)
         self._check(n, past_len)
@@ -116,8 +119,12 @@ class DeepSparseSession:
     def _check(self, n: int, past_len: int) -> None:
         if not 1 <= n <= self.n_tokens:
             raise ValueError("this session takes 1 to {} tokens, got {}".format(self.n_tokens, n))
-        if past_len + n > self.capacity:
-            raise ValueError("{} tokens after {} do not fit a cache of {}".format(n, past_len, self.capacity))
+        if past_len + self.n_tokens > self.capacity:
+            raise ValueError(
+                "a call for {} tokens after {} does not fit a cache of {}".format(
+                    self.n_tokens, past_len, self.capacity
+                )
+            )
 
     def _rewind(self, past_len: int) -> None:
         """Forget all but the first `past_len` positions."""
@@ -130,7 +137,7 @@ class DeepSparseSession:
             elif n_back:
                 self._kv_cache.shift_last(n_back)
         elif n_back:
-            self._past = {name: _shifted(array, n_back) for name, array in self._past.items()}
+            self._cache = {name: array[:, :, :-n_back] for name, array in self._cache.items()}
         self.n_seen = past_len
 
     def _inputs(self, tokens: NDArray[np.int64], past_len: int) -> list[NDArray[Any]]:
@@ -147,7 +154,7 @@ class DeepSparseSession:
             "attention_mask": (column >= -past_len).astype(np.int64)[None],
             "positions": positions.astype(np.int64)[None],
             "causal_mask": is_visible.astype(np.int64)[None, None],
-            **self._past,
+            **(self._cache if self._kv_cache is not None else self._past()),
         }
         return [arrays[name] for name in self._names]
 
@@ -161,19 +168,18 @@ class DeepSparseSession:
         return outputs[0], outputs[1:]
 
     def _keep(self, present: list[NDArray[np.float32]], n: int) -> None:
-        """Take the newest positions of `present` as past, without those of padding tokens."""
-        end = self._n_past + n
+        """Take `present` as the cache, without the positions of padding tokens."""
         names = [name.replace(_PRESENT, _PAST) for name in self._engine.output_names[1:]]
-        self._past = {
-            name: np.ascontiguousarray(array[:, :, end - self._n_past : end]) for name, array in zip(names, present)
-        }
+        self._cache = {name: array[:, :, : self._n_past + n] for name, array in zip(names, present)}
 
-
-def _shifted(array: NDArray[np.float32], n: int) -> NDArray[np.float32]:
-    """Drop the last `n` positions of a cache (1, heads, P, D), and pad in front with zeros."""
-    moved = np.zeros_like(array)
-    moved[:, :, n:] = array[:, :, : array.shape[2] - n]
-    return moved
+    def _past(self) -> dict[str, NDArray[np.float32]]:
+        """The newest `_n_past` columns of the cache; after a step back there may be fewer, and zeros in front."""
+        past = {}
+        for name, array in self._cache.items():
+            newest = array[:, :, -self._n_past :]
+            n_missing = self._n_past - newest.shape[2]
+            past[name] = np.ascontiguousarray(np.pad(newest, ((0, 0), (0, 0), (n_missing, 0), (0, 0))))
+        return past
 
 
 @contextlib.contextmanager

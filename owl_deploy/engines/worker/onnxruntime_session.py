@@ -1,8 +1,8 @@
 """A decoder in ONNX Runtime, its KV cache in one buffer that past and present share."""
 
 import json
-import os
 import time
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -17,11 +17,10 @@ class OnnxRuntimeSession:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(
-            os.path.join(artifact, "model.onnx"), options, providers=["CPUExecutionProvider"]
+            str(Path(artifact) / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
         self.version = onnxruntime.__version__
-        with open(os.path.join(artifact, "owl.json"), encoding="utf-8") as file:
-            facts = json.load(file)
+        facts = json.loads((Path(artifact) / "owl.json").read_text(encoding="utf-8"))
         shape = (1, facts["n_kv_heads"], capacity, facts["head_dim"])
         self.vocab_size = facts["vocab_size"]
         self.capacity = capacity
