@@ -149,7 +149,7 @@ def measure_artifacts(
             "n_rounds": settings.rounds,
             "samples_per_round": {"decode": settings.decode_samples, "prefill": settings.prefill_samples},
             "warmup": f"until the median changes by less than {_STABLE:.0%} between batches, at most "
-            "{_MAX_WARMUPS} batches",
+            f"{_MAX_WARMUPS} batches",
             "interleaved": True,
             "outside_clock": _OUTSIDE_CLOCK,
             "bytes_per_step": _BYTES_PER_STEP,

@@ -56,9 +56,11 @@ def percent(fraction: float | None, digits: int = 1, unknown: str = BLANK) -> st
 
 
 def number(value: float | None) -> str:
-    """Return three significant digits, without an exponent unless the number is tiny."""
+    """Return three significant digits, or `<1e-5`."""
     if value is None or not math.isfinite(value):
         return BLANK
+    if 0 < abs(value) < 1e-5:
+        return "<1e-5"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
 
 

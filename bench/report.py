@@ -23,11 +23,22 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from owl_deploy.bench.comparison import (
+    Result,
+    Workload,
+    has_speedup,
+    is_comparable,
+    is_number,
+    main_workload,
+    printable,
+    times,
+    void_reason,
+    workloads_of,
+)
 from owl_deploy.bench.plots import (
     BLANK,
     Plot,
     Row,
-    is_sparse,
     latency_plot,
     number,
     percent,
@@ -36,16 +47,13 @@ from owl_deploy.bench.plots import (
     series_name,
     speedup_plot,
 )
+from owl_deploy.bench.verdict import cautions, findings, verdict
 from owl_deploy.files import new_folder, write_json
 
-__all__ = ["cautions", "findings", "html_page", "markdown", "terminal_table", "verdict", "void_reason", "write_report"]
+__all__ = ["DEEPSPARSE_LICENCE", "html_page", "markdown", "terminal_table", "write_report"]
 
-Result: TypeAlias = dict[str, Any]
 Facts: TypeAlias = list[tuple[str, str]]
 
-# A case counts as "about as good as the baseline" up to this much more perplexity.
-_CLOSE_PERPLEXITY = 1.10
-_EVALUATION_KEYS = ("text", "tokens_sha256", "starts_with_bos", "window", "n_windows")
 
 DEFINITIONS: Facts = [
     ("decode", "One step with a filled KV cache: one new token per sequence of the batch."),
@@ -88,35 +96,6 @@ DEEPSPARSE_LICENCE = (
 )
 
 
-@dataclass(frozen=True)
-class Workload:
-    """The rows that may be compared with each other: same phase, batch, prompt length and past length (tokens)."""
-
-    phase: str
-    batch: int
-    prompt_len: int
-    past_len: int
-    rows: tuple[Row, ...]
-
-    @property
-    def title(self) -> str:
-        """What is run, in words."""
-        length = (
-            f"prompt of {self.prompt_len} tokens" if self.phase == "prefill" else f"{self.past_len} tokens of context"
-        )
-        return f"{self.phase.capitalize()}, batch {self.batch}, {length}"
-
-    @property
-    def baseline(self) -> Row | None:
-        """The baseline's row, if it ran."""
-        return next((row for row in self.rows if row["is_baseline"] and row["status"] == "ok"), None)
-
-    @property
-    def cases(self) -> list[Row]:
-        """The rows that are compared with the baseline and may show their speed-up."""
-        return [row for row in self.rows if _has_speedup(row, self.baseline) and not row["is_baseline"]]
-
-
 def write_report(result: Result, folder: Path) -> None:
     """Write report.json, report.md and report.html into `folder`, all or none; a folder already there is replaced.
 
@@ -127,147 +106,6 @@ def write_report(result: Result, folder: Path) -> None:
         write_json(temporary / "report.json", known)
         (temporary / "report.md").write_text(markdown(known), encoding="utf-8")
         (temporary / "report.html").write_text(html_page(known), encoding="utf-8")
-
-
-def void_reason(row: Row, baseline: Row | None = None) -> str | None:
-    """Return why this row's speed-up over the baseline's row must not be shown, or None."""
-    if not row.get("parity"):
-        return "parity not checked"
-    if _failed_parity(row):
-        return "parity failed"
-    if not _is_number(row.get("perplexity")):
-        return "perplexity unknown"
-    return "baseline failed parity" if baseline is not None and _failed_parity(baseline) else None
-
-
-# The sentences.
-
-
-def verdict(result: Result) -> str:
-    """Return the result in one sentence: the baseline, the fastest case, and what that speed costs in quality.
-
-    It speaks of the first decode workload, or of the first workload if none decodes.
-    """
-    workloads = _workloads(result)
-    if not workloads:
-        return "Nothing was measured."
-    return _sentence(_main_workload(workloads))
-
-
-def findings(result: Result) -> list[str]:
-    """Return one sentence for each workload that the verdict does not speak of."""
-    workloads = _workloads(result)
-    return [_sentence(workload) for workload in workloads if workload is not _main_workload(workloads)]
-
-
-def cautions(result: Result) -> list[str]:
-    """Return what makes these figures weaker than they look, one sentence each."""
-    rows, machine = result["rows"], result["machine"]
-    sentences = []
-    if machine["load_before"] > 0.5:
-        sentences.append(f"The machine was not idle: load average {machine['load_before']:.1f} before the run.")
-    if (machine.get("steal_fraction") or 0.0) > 0.01:
-        sentences.append(f"The hypervisor took {percent(machine['steal_fraction'])} of the processor time.")
-    if result["protocol"]["n_rounds"] < 5:
-        sentences.append(f"Only {result['protocol']['n_rounds']} rounds: the intervals say little about drift.")
-    if any((row.get("ceiling_fraction") or 0.0) > 1.0 for row in rows):
-        sentences.append("A row above 100 % of the ceiling reads part of its weights from the cache, not from memory.")
-    ok = [row for row in rows if row["status"] == "ok"]
-    for reason in ("parity failed", "parity not checked", "perplexity unknown"):
-        if names := _names(row for row in ok if void_reason(row) == reason):
-            sentences.append(f"{reason.capitalize()}: {names}.")
-    if names := _names(
-        row for load in _workloads(result) for row in load.cases if not _is_comparable(row, load.baseline)
-    ):
-        sentences.append(f"Perplexity cannot be compared with the baseline's (other text or windows): {names}.")
-    return sentences
-
-
-def _sentence(workload: Workload) -> str:
-    baseline, cases = workload.baseline, workload.cases
-    if baseline is None:
-        return f"{workload.title}: the baseline has no result, so no speed-up can be given."
-    head = _baseline_clause(workload, baseline)
-    if len(workload.rows) == 1:
-        return f"{head}; nothing else was measured."
-    if not cases:
-        n_failed = sum(row["status"] != "ok" for row in workload.rows)
-        n_void = len(workload.rows) - 1 - n_failed
-        return f"{head}; there is no speed-up to show ({n_failed} failed, {n_void} void)."
-    fastest = max(cases, key=lambda row: float(row["speedup"]["p50"]))
-    clauses = [head, f"{_description(fastest)} is {_comparison(fastest)} {_quality_clause(fastest, baseline)}"]
-    close = [row for row in cases if _is_close(row, baseline)]
-    sparse = [row for row in cases if is_sparse(row)]
-    if fastest not in close:
-        clauses.append(_close_clause(close))
-    elif sparse and fastest not in sparse:
-        clauses.append(_sparse_clause(sparse, close, baseline))
-    return "; ".join(clauses) + "."
-
-
-def _baseline_clause(workload: Workload, baseline: Row) -> str:
-    time = f"{number(baseline['ms']['p50'])} ms"
-    if workload.phase == "prefill":
-        prompts = "a prompt" if workload.batch == 1 else f"{workload.batch} prompts"
-        return f"{_description(baseline)} reads {prompts} of {workload.prompt_len} tokens in {time}"
-    step = "token" if workload.batch == 1 else f"step of {workload.batch} tokens"
-    return f"{_description(baseline)} decodes in {time} per {step} ({workload.past_len} tokens of context)"
-
-
-def _comparison(row: Row) -> str:
-    """Return "1.21x faster (95 % interval 1.10-1.32)", turned over when the case is slower."""
-    p50, low, high = (row["speedup"][key] for key in ("p50", "low", "high"))
-    if low <= 1.0 <= high:
-        return f"not shown to be faster or slower ({_times(p50)}, 95 % interval {low:.2f}-{high:.2f})"
-    if p50 < 1.0:
-        return f"{_times(1 / p50)} slower (95 % interval {1 / high:.2f}-{1 / low:.2f})"
-    return f"{_times(p50)} faster (95 % interval {low:.2f}-{high:.2f})"
-
-
-def _quality_clause(row: Row, baseline: Row) -> str:
-    mine, other = row["perplexity"], baseline["perplexity"]
-    if not _is_number(other):
-        return f"at perplexity {number(mine)} (the baseline's is unknown)"
-    if not _is_comparable(row, baseline):
-        return (
-            f"at perplexity {number(mine)} (not comparable with the baseline's {number(other)}: other text or windows)"
-        )
-    if number(mine) == number(other):
-        return f"at the same perplexity, {number(mine)}"
-    return f"at perplexity {number(mine)} instead of {number(other)}"
-
-
-def _close_clause(close: list[Row]) -> str:
-    faster = [row for row in close if row["speedup"]["low"] > 1.0]
-    if not faster:
-        return "no case is shown to be both faster and within 10 % of the baseline's perplexity"
-    best = max(faster, key=lambda row: float(row["speedup"]["p50"]))
-    return f"within 10 % of the baseline's perplexity the fastest is {_description(best)}, {_comparison(best)}"
-
-
-def _sparse_clause(sparse: list[Row], close: list[Row], baseline: Row) -> str:
-    """Return what sparsity gives where a dense case is the fastest: at good quality if there is such a case."""
-    good = [row for row in sparse if row in close]
-    best = max(good or sparse, key=lambda row: float(row["speedup"]["p50"]))
-    which = "the fastest sparse case within 10 % of the baseline's perplexity" if good else "the fastest sparse case"
-    return f"{which}, {_description(best)}, is {_comparison(best)} {_quality_clause(best, baseline)}"
-
-
-def _is_close(row: Row, baseline: Row) -> bool:
-    if not _is_number(baseline["perplexity"]) or not _is_comparable(row, baseline):
-        return False
-    return bool(row["perplexity"] <= _CLOSE_PERPLEXITY * baseline["perplexity"])
-
-
-def _is_comparable(row: Row, baseline: Row | None) -> bool:
-    """True if both perplexities were measured on the same tokens in the same windows."""
-    if baseline is None or not row.get("evaluation") or not baseline.get("evaluation"):
-        return False
-    return all(row["evaluation"].get(key) == baseline["evaluation"].get(key) for key in _EVALUATION_KEYS)
-
-
-def _description(row: Row) -> str:
-    return _printable(series_name(row)) + (f" at {percent(row['sparsity'])} sparsity" if is_sparse(row) else "")
 
 
 # The cells: what a row says in each column, the same words on every page.
@@ -312,19 +150,19 @@ def _speedup_cell(row: Row, baseline: Row | None) -> str:
         return f"void: {reason}"
     if not row["speedup"]:
         return BLANK
-    return f"{_times(row['speedup']['p50'])} ({_interval(row)})" + (" no difference" if _shows_nothing(row) else "")
+    return f"{times(row['speedup']['p50'])} ({_interval(row)})" + (" no difference" if _shows_nothing(row) else "")
 
 
 def _perplexity_cell(row: Row, baseline: Row | None) -> str:
     mine = row.get("perplexity")
-    if not _is_number(mine):
+    if not is_number(mine):
         return "unknown"
-    if row["is_baseline"] or baseline is None or not _is_number(baseline["perplexity"]):
+    if row["is_baseline"] or baseline is None or not is_number(baseline["perplexity"]):
         return number(mine)
-    if not _is_comparable(row, baseline):
+    if not is_comparable(row, baseline):
         return f"{number(mine)} (other text)"
     ratio = mine / baseline["perplexity"]
-    return f"{number(mine)} ({_times(ratio)})" if ratio >= 2.0 else f"{number(mine)} ({100 * (ratio - 1):+.1f} %)"
+    return f"{number(mine)} ({times(ratio)})" if ratio >= 2.0 else f"{number(mine)} ({100 * (ratio - 1):+.1f} %)"
 
 
 def _interval(row: Row) -> str:
@@ -335,20 +173,11 @@ def _shows_nothing(row: Row) -> bool:
     return bool(row["speedup"]["low"] <= 1.0 <= row["speedup"]["high"])
 
 
-def _has_speedup(row: Row, baseline: Row | None) -> bool:
-    has_ratio = row["status"] == "ok" and bool(row["speedup"] or row["is_baseline"])
-    return has_ratio and void_reason(row, baseline) is None
-
-
-def _failed_parity(row: Row) -> bool:
-    return bool(row.get("parity")) and not row["parity"]["passed"]
-
-
 # The facts around the figures.
 
 
 def _machine_facts(machine: dict[str, Any]) -> Facts:
-    caches = ", ".join(f"{_printable(name)} {_binary_bytes(size)}" for name, size in machine["caches"].items())
+    caches = ", ".join(f"{printable(name)} {_binary_bytes(size)}" for name, size in machine["caches"].items())
     bandwidth = machine.get("memory_bandwidth_bytes_per_s")
     return [
         ("processor", machine["cpu"]),
@@ -418,7 +247,7 @@ def markdown(result: Result) -> str:
         *[_markdown_text(sentence) for sentence in findings(result)],
         *_markdown_list("What weakens these figures", cautions(result)),
         HOW_TO_READ,
-        *[part for workload in _workloads(result) for part in _markdown_workload(workload)],
+        *[part for workload in workloads_of(result) for part in _markdown_workload(workload)],
         *_markdown_facts("Machine", _machine_facts(result["machine"])),
         *_markdown_facts("Protocol", _protocol_facts(result)),
         *_markdown_facts("Definitions", DEFINITIONS),
@@ -458,11 +287,11 @@ def _markdown_list(heading: str, sentences: list[str]) -> list[str]:
 
 def _markdown_text(text: str) -> str:
     """Return text on one line with what Markdown and HTML would act on escaped."""
-    return "".join(f"\\{letter}" if letter in "\\`*[]<>|&" else letter for letter in _printable(text))
+    return "".join(f"\\{letter}" if letter in "\\`*[]<>|&" else letter for letter in printable(text))
 
 
 def _code_block(text: str) -> str:
-    return "    " + _printable(text)
+    return "    " + printable(text)
 
 
 # Terminal.
@@ -476,7 +305,7 @@ def terminal_table(result: Result) -> Table:
     for heading in ("sparsity", "ms p50", "tokens\n/s", "speed-up", "of\nceiling", "perplexity", "KL"):
         table.add_column(heading, justify="right")
     failures = list(dict.fromkeys(_failure(row) for row in result["rows"] if row["status"] != "ok"))
-    for workload in _workloads(result):
+    for workload in workloads_of(result):
         for row in workload.rows:
             table.add_row(*(Text(cell) for cell in _terminal_cells(workload, row, failures)))
         table.add_section()
@@ -490,15 +319,16 @@ def _terminal_cells(workload: Workload, row: Row, failures: list[str]) -> list[s
     length = f"len {workload.prompt_len}" if workload.phase == "prefill" else f"past {workload.past_len}"
     batch = f"\nbatch {workload.batch}" if workload.batch > 1 else ""
     cells = [
-        f"{_printable(row['engine'])}\n{_printable(row['artifact'])}",
-        f"{_printable(row['weights'])}\n{_printable(row['precision'])}",
+        f"{printable(row['engine'])}\n{printable(row['artifact'])}",
+        f"{printable(row['weights']).replace('initializer', 'init.')}\n{printable(row['precision'])}",
         f"{workload.phase}\n{length}{batch}",
         percent(row["sparsity"]),
     ]
     if row["status"] != "ok":
         return [*cells, "failed", f"({failures.index(_failure(row)) + 1})", "", "", "", ""]
-    # The interval below the ratio, one word of a reason per line: this keeps the column at ten characters.
-    speedup = "\n".join(_speedup_cell(row, workload.baseline).replace("(", "").replace(")", "").split())
+    # The interval below the ratio, "same?" for no difference: this keeps the column at ten characters.
+    cell = _speedup_cell(row, workload.baseline).replace("no difference", "same?")
+    speedup = "\n".join(cell.replace("(", "").replace(")", "").split())
     return [
         *cells,
         number(row["ms"]["p50"]),
@@ -524,7 +354,7 @@ def html_page(result: Result) -> str:
         findings=findings(result),
         cautions=cautions(result),
         plots=_plots(result),
-        tables=[_html_table(workload) for workload in _workloads(result)],
+        tables=[_html_table(workload) for workload in workloads_of(result)],
         fact_lists=[
             ("Protocol", _protocol_facts(result)),
             ("Machine", _machine_facts(result["machine"])),
@@ -542,14 +372,14 @@ def html_page(result: Result) -> str:
 
 
 def _plots(result: Result) -> list[Plot]:
-    workloads = _workloads(result)
+    workloads = workloads_of(result)
     colours = {name: number for number, name in enumerate(dict.fromkeys(series_name(row) for row in result["rows"]))}
     plots: list[Plot | None] = []
     for k, workload in enumerate(workloads):
-        shown = [_with_baseline_at_one(row) for row in workload.rows if _has_speedup(row, workload.baseline)]
+        shown = [_with_baseline_at_one(row) for row in workload.rows if has_speedup(row, workload.baseline)]
         plots.append(latency_plot(f"latency-{k}", f"{workload.title}: latency", workload.rows, colours))
         plots.append(speedup_plot(f"speedup-{k}", f"{workload.title}: speed-up", shown, colours))
-        if workload is _main_workload(workloads):
+        if workload is main_workload(workloads):
             plots.append(quality_plot("quality", f"{workload.title}: speed against quality", shown, colours))
     return [plot for plot in [*plots, profile_plot("profile", result["profiles"])] if plot]
 
@@ -583,37 +413,11 @@ def _csp_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-# Rows in groups, numbers in words.
-
-
-def _workloads(result: Result) -> list[Workload]:
-    """Return the rows grouped by workload: decode before prefill, otherwise in the order measured."""
-    groups: dict[tuple[str, int, int, int], list[Row]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["phase"], row["batch"], row["prompt_len"], row["past_len"]), []).append(row)
-    ordered = sorted(groups.items(), key=lambda item: item[0][0] != "decode")
-    return [Workload(*key, rows=tuple(rows)) for key, rows in ordered]
-
-
-def _main_workload(workloads: list[Workload]) -> Workload:
-    return next((workload for workload in workloads if workload.phase == "decode"), workloads[0])
-
-
-def _names(rows: Iterable[Row]) -> str:
-    return ", ".join(dict.fromkeys(f"{_printable(row['artifact'])} in {_printable(row['engine'])}" for row in rows))
+# Numbers in words.
 
 
 def _failure(row: Row) -> str:
-    return f"failed: {_printable(row.get('reason') or 'no reason given')}"
-
-
-def _printable(text: object) -> str:
-    """Return text on one line, without control characters: they could drive a terminal or reorder the line."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
-
-
-def _is_number(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
+    return f"failed: {printable(row.get('reason') or 'no reason given')}"
 
 
 def _without_nan(value: Any) -> Any:
@@ -623,10 +427,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:,.2f}x" if ratio < 10 else f"{ratio:,.1f}x" if ratio < 1000 else f"{ratio:,.0f}x"
 
 
 def _milliseconds(ms: float | None) -> str:

@@ -118,6 +118,7 @@ def write_initializers(
                 shape, n_nonzeros = (array.shape[0], array.shape[1]), int(np.count_nonzero(array))
                 in_data_file = encoding == "dense" or is_external
                 stored.append(StoredMatrix(name, shape, n_nonzeros, encoding, in_data_file, predicted, size))
+            del array  # before the next one is read
             on_step(Step("writing weights", done, len(weights), encoding))
         data.flush()
         os.fsync(data.fileno())

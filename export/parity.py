@@ -6,7 +6,7 @@ real text, and whether both continue it by the same tokens, the artifact in its 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,8 @@ def check_parity(
     """Compare an artifact in its engine with its checkpoint in torch.
 
     The text is the held-out part of the Python language reference: one prefill of 128 tokens, then
-    64 greedy tokens behind a prompt of 32, token by token through the KV cache.
+    64 greedy tokens behind a prompt of 32, token by token through the KV cache; less where the
+    artifact's context is shorter.
 
     Args:
         artifact: what was exported, perhaps still under a temporary name.
@@ -69,21 +70,21 @@ def check_parity(
         ParityError: the logits or a greedy token differ; the message names the first difference.
         EngineUnavailableError: the engine cannot run the artifact at all.
     """
-    name = name or artifact.name
+    name, limit = name or artifact.name, artifact.facts.max_positions
     reference = load_torch_model(checkpoint)
-    text = Encoder.open(checkpoint.path).encode(evaluation_text("python-docs"))[:_PREFILL_TOKENS]
+    text = Encoder.open(checkpoint.path).encode(evaluation_text("python-docs"))[: min(_PREFILL_TOKENS, limit)]
     expected = _torch_logits(reference, text)
     on_step(Step("checking parity", 1, 3, "torch"))
     with open_engine(artifact, threads=threads, n_tokens=len(text), capacity=len(text)) as engine:
         actual = engine.forward(text, 0)
     parity = _compare_logits(name, artifact.facts.precision, expected, actual)
     on_step(Step("checking parity", 2, 3, f"logits {parity.relative_logit_difference:.1e}"))
-    prompt = text[:_PROMPT_TOKENS]
-    continuation, _ = greedy_tokens(reference, prompt, _GREEDY_TOKENS)
-    with open_engine(artifact, threads=threads, n_tokens=1, capacity=len(prompt) + _GREEDY_TOKENS) as engine:
+    prompt = text[: min(_PROMPT_TOKENS, limit // 3)]
+    continuation, _ = greedy_tokens(reference, prompt, min(_GREEDY_TOKENS, limit - len(prompt)))
+    with open_engine(artifact, threads=threads, n_tokens=1, capacity=len(prompt) + len(continuation)) as engine:
         _compare_greedy(name, engine, prompt, continuation)
     on_step(Step("checking parity", 3, 3, "greedy tokens"))
-    return parity
+    return replace(parity, n_greedy_tokens=len(continuation))
 
 
 def _torch_logits(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -98,9 +99,10 @@ def _compare_logits(name: str, precision: str, expected: NDArray[np.float32], ac
     """Return the distances, or raise naming the position that is furthest off."""
     if actual.shape != expected.shape:
         raise ParityError(f"{name}: logits have shape {actual.shape}, the checkpoint's have {expected.shape}")
-    difference = np.abs(actual - expected)
+    with np.errstate(invalid="ignore"):  # Inf - Inf is NaN, which the limit refuses
+        difference = np.abs(actual - expected)
     largest = float(difference.max()) if np.isfinite(actual).all() else float("inf")
-    relative = largest / float(np.abs(expected).max())
+    relative = largest / (float(np.abs(expected).max()) or 1.0)  # a model may answer zeros
     limit = MAX_RELATIVE_DIFFERENCE[precision]
     if not relative <= limit:
         position, token = np.unravel_index(int(np.nan_to_num(difference, nan=np.inf).argmax()), difference.shape)
@@ -110,7 +112,7 @@ def _compare_logits(name: str, precision: str, expected: NDArray[np.float32], ac
             f"{expected[position, token]:.6g}"
         )
     kl, top1 = divergence(expected, actual)
-    return Parity(largest, relative, kl, top1, len(expected), _GREEDY_TOKENS)
+    return Parity(largest, relative, kl, top1, n_tokens=len(expected), n_greedy_tokens=0)
 
 
 def _compare_greedy(name: str, engine: EngineProcess, prompt: NDArray[np.int64], expected: NDArray[np.int64]) -> None:

@@ -139,8 +139,8 @@ def _manifest(
     n_elements = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     n_nonzeros = sum(matrix.n_nonzeros for matrix in matrices)
     lineage = checkpoint.manifest or {"source": {"model": checkpoint.source, "sha256": checkpoint.fingerprint}}
-    # An untied embedding is gathered, one row a token; all other matrices are multiplied at every step.
-    multiplied = [m for m in matrices if decoder.has_tied_head or not m.name.startswith("model.embed_tokens")]
+    # An embedding that lies as in the checkpoint is gathered, one row a token; all others are multiplied at every step.
+    multiplied = [m for m in matrices if m.name != "model.embed_tokens.weight"]
     dense_bytes = sum(m.shape[0] * m.shape[1] for m in multiplied) * 4
     return {
         "kind": "artifact",

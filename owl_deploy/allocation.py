@@ -44,6 +44,8 @@ def owl(
         ValueError: the lengths differ, or a ratio is not finite.
     """
     ratios = np.asarray(outlier_ratios, dtype=np.float64)
+    if len(ratios) != len(n_weights):
+        raise ValueError(f"need one weight count per block, got {len(n_weights)} for {len(ratios)} blocks")
     if not np.isfinite(ratios).all():
         raise ValueError(f"outlier ratios must be finite, got {list(outlier_ratios)}")
     spread = ratios.max() - ratios.min()

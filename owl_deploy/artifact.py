@@ -7,12 +7,13 @@ complete and stays inside its own folder; no weight is read.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from owl_deploy.errors import UnsupportedModelError
 
@@ -21,13 +22,25 @@ __all__ = ["MANIFEST", "ArtifactFacts", "OnnxArtifact", "is_artifact", "open_art
 MANIFEST = "owl.json"
 
 
+def _has(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a check that a mapping has these keys."""
+
+    def check(mapping: dict[str, Any]) -> dict[str, Any]:
+        missing = [key for key in keys if key not in mapping]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        return mapping
+
+    return check
+
+
 class ArtifactFacts(BaseModel):
     """What engines need from a manifest; it may hold more."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     kind: str
-    target: str
+    target: Literal["onnxruntime", "deepsparse"]
     weights: str
     precision: str
     n_blocks: int = Field(ge=1, le=10_000)
@@ -35,9 +48,10 @@ class ArtifactFacts(BaseModel):
     head_dim: int = Field(ge=1, le=100_000)
     vocab_size: int = Field(ge=1, le=100_000_000)
     max_positions: int = Field(ge=1, le=100_000_000)
-    bytes_per_decode_step: dict[str, int]
+    bytes_dense: int = Field(ge=0)
+    bytes_per_decode_step: Annotated[dict[str, int], AfterValidator(_has("dense", "nonzero"))]
     """Weight bytes that one decode step must read: `dense` as stored densely, `nonzero` counting non-zeros only."""
-    sparsity: dict[str, float]
+    sparsity: Annotated[dict[str, float], AfterValidator(_has("target", "linears", "model"))]
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,7 @@ def open_artifact(path: Path) -> OnnxArtifact:
     try:
         artifact = OnnxArtifact(path, json.loads(manifest.read_text(encoding="utf-8")))
         facts = artifact.facts
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         raise UnsupportedModelError(
             f"{manifest} is not a manifest of an artifact: {' '.join(str(error).split())}"
         ) from error

@@ -68,6 +68,7 @@ class Checkpoint:
 
         Raises:
             UnsupportedModelError: there is no such tensor, or its file is damaged.
+            OwlDeployError: the tensor holds NaN or Inf.
         """
         entry = self.tensors.get(name)
         if entry is None:
@@ -79,6 +80,10 @@ class Checkpoint:
                 tensor: torch.Tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(_damaged(entry.file, error)) from error
+        if not tensor.isfinite().all():
+            raise OwlDeployError(
+                f"tensor {name} holds NaN or Inf: the checkpoint is damaged or overflowed when it was saved"
+            )
         return tensor
 
     @cached_property
@@ -162,7 +167,10 @@ def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
     """Yield every tensor of the folder's safetensors, with its header's facts."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UnsupportedModelError(f"{index} is damaged: weight_map does not give a file name for every tensor")
+        names = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in names):
             raise UnsupportedModelError(f"{index} points outside its folder")
         files = [path / name for name in names]
@@ -197,7 +205,7 @@ def _damaged(file: Path, error: Exception) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OwlDeployError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise OwlDeployError(f"cannot read {path}: expected a JSON object")

@@ -162,6 +162,8 @@ def run(recipe: Path, out: Path | None, offline: bool, quiet: bool, as_json: boo
         _print_report(result.measured, result.report)
     else:
         click.echo("\n".join(str(path) for path in (result.checkpoint, *result.artifacts)))
+    if result.measured is not None and result.report is not None:
+        _exit_if_failed(result.measured, result.report)
 
 
 def _overridden(recipe: Any, flags: dict[str, Any], where: str) -> Any:
@@ -179,7 +181,8 @@ def _print_report(measured: dict[str, Any], folder: Path) -> None:
     """Print the table of a result, its verdict, and where the page is."""
     from rich.console import Console
 
-    from owl_deploy.bench.report import terminal_table, verdict
+    from owl_deploy.bench.report import terminal_table
+    from owl_deploy.bench.verdict import verdict
 
     # Pipes and files get 100 columns; a terminal gets its own width up to that.
     console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
@@ -292,7 +295,13 @@ def evaluate(
         _print_json(documents[0] if len(documents) == 1 else {"evaluations": documents})
         return
     for model, result in zip(models, results, strict=True):
-        click.echo(f"{model}: {result}")
+        bos = "starts with BOS" if result.starts_with_bos else "no BOS"
+        click.echo(f"{model} ({result.engine})")
+        click.echo(f"  perplexity {result.perplexity:.4f}")
+        click.echo(f"  on {result.text}, {result.n_windows} windows of {result.window} tokens, {bos}")
+        if result.kl_divergence is not None:
+            click.echo(f"  against {result.reference}: KL divergence {result.kl_divergence:.5f} nats,")
+            click.echo(f"  same most likely token at {result.top1_agreement:.2%} of positions")
 
 
 @cli.command()
@@ -416,8 +425,14 @@ def bench(
         _print_json({"report": str(out), **measured})
     else:
         _print_report(measured, out)
+    _exit_if_failed(measured, out)
+
+
+def _exit_if_failed(measured: dict[str, Any], folder: Path) -> None:
+    """Exit with 1 where a row failed. The result is printed already, so this sentence goes to stderr alone."""
     if any(row["status"] == "failed" for row in measured["rows"]):
-        raise OwlDeployError(f"an engine failed; its rows say why ({out / 'report.md'})")
+        click.echo(f"owl-deploy: an engine failed; its rows say why ({folder / 'report.md'})", err=True)
+        raise click.exceptions.Exit(1)
 
 
 @cli.group()
@@ -476,14 +491,14 @@ def main() -> None:
     """Run the command line and exit with its code: see `owl_deploy.errors`."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        cli.main(standalone_mode=False)
+        sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         _leave(error.format_message(), error.exit_code, is_shown=True)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _leave("interrupted: nothing half-written was left; prune and run continue with --resume", 130)
+        _leave(f"interrupted: {_AFTER_STOP}", 130)
+    except _TerminatedError:
+        _leave(f"terminated: {_AFTER_STOP}", 128 + signal.SIGTERM)
     except OwlDeployError as error:
         _leave(str(error), error.exit_code)
     except ModuleNotFoundError as error:
@@ -498,13 +513,21 @@ def main() -> None:
         _leave("out of memory: lower n_samples or seq_len, or free some memory", 1)
 
 
-def _terminated(number: int, _: FrameType | None) -> None:
+_AFTER_STOP = "nothing half-written was left; prune and run continue with --resume"
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt, nothing but clean-up comes in its way."""
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
     """Turn SIGTERM into an exit that cleans up."""
-    sys.exit(128 + number)
+    raise _TerminatedError
 
 
 def _leave(message: str, code: int, *, is_shown: bool = False) -> None:
     """Say what went wrong in one sentence, as JSON too where that was asked for, and exit."""
+    message = " ".join(message.splitlines())  # what libraries say may have many lines
     if not is_shown:
         click.echo(f"owl-deploy: {message}", err=True)
     if "--json" in sys.argv:

@@ -316,10 +316,12 @@ def _settings_key(windows: Windows, reference: str | None) -> str:
 def _stored(model: str, key: str) -> Evaluation | None:
     """Return an evaluation that an artifact keeps, if it has this one."""
     file = Path(model) / "evaluations.json"
-    if not is_artifact(Path(model)) or not file.is_file():
+    if not is_artifact(Path(model)):
         return None
-    found = json.loads(file.read_text(encoding="utf-8")).get(key)
-    return Evaluation(**found) if found else None
+    try:
+        return Evaluation(**_read_evaluations(file)[key])
+    except (KeyError, TypeError):  # not there, or written by another version
+        return None
 
 
 def _store(model: str, key: str, evaluation: Evaluation) -> None:
@@ -327,5 +329,13 @@ def _store(model: str, key: str, evaluation: Evaluation) -> None:
     if not is_artifact(Path(model)):
         return
     file = Path(model) / "evaluations.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    write_json(file, {**known, key: evaluation.to_json()})
+    write_json(file, {**_read_evaluations(file), key: evaluation.to_json()})
+
+
+def _read_evaluations(file: Path) -> dict[str, Any]:
+    """Return the evaluations that a file keeps: none where it is not there or damaged, for they can be made anew."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -47,7 +47,12 @@ def _swap(temporary: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
         path.rename(old)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
     if old.is_dir():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.errors import OwlDeployError, UnsupportedModelError
 from owl_deploy.progress import OnStep, Step, silent
 
 __all__ = ["greedy_tokens", "load_torch_model", "sample_tokens"]
@@ -21,12 +22,35 @@ _BATCH = 16
 
 
 def load_torch_model(checkpoint: Checkpoint) -> Any:
-    """Load a whole checkpoint as a float32 transformers model in evaluation mode."""
+    """Load a whole checkpoint as a float32 transformers model in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: transformers cannot load it, or would make up a weight that it lacks.
+        OwlDeployError: a weight holds NaN or Inf.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"{checkpoint.path} cannot be loaded by transformers: {error}") from error
+    model, notes = loaded
+    if notes["missing_keys"]:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} has no tensor for {sorted(notes['missing_keys'])[0]}: the checkpoint is not complete"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise OwlDeployError(
+                f"tensor {name} holds NaN or Inf: the checkpoint is damaged or overflowed when it was saved"
+            )
     return model.eval()
 
 

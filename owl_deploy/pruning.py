@@ -28,7 +28,7 @@ from owl_deploy import allocation
 from owl_deploy.calibration import Calibration, calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import OwlDeployError, RecipeError
-from owl_deploy.files import new_folder, write_bytes, write_json
+from owl_deploy.files import file_sha256, new_folder, write_bytes, write_json
 from owl_deploy.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
 from owl_deploy.methods import METHODS, Method
 from owl_deploy.methods.wanda import score as wanda_score
@@ -189,7 +189,7 @@ class _Work:
         folder = out.with_name(f".{out.name}.partial")
         work = cls(folder)
         before = work.load("fingerprint.json") if resume else None
-        if before is not None:
+        if isinstance(before, dict):
             for key in (*fingerprint, *before):
                 if fingerprint.get(key) != before.get(key):
                     raise RecipeError(
@@ -203,9 +203,25 @@ class _Work:
         return work
 
     def load(self, name: str) -> Any:
-        """Return a JSON file of the folder, or None where it is not there."""
-        path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """Return a JSON file of the folder, or None where it is not there or damaged: it is then made anew."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.warning("%s is damaged and made anew: %s", self.folder / name, error)
+            return None
+
+    def finished(self, index: int) -> dict[str, Any] | None:
+        """Return the record of a finished block, None where it or its shard is missing or damaged."""
+        record = self.load(f"block-{index:05d}.json")
+        if not isinstance(record, dict) or not {"linears", "measured", "shard_sha256"} <= record.keys():
+            return None
+        shard = self.shard(index)
+        if not shard.is_file() or file_sha256(shard) != record["shard_sha256"]:
+            log.warning("%s is missing or damaged and made anew", shard)
+            return None
+        return record
 
     def shard(self, index: int) -> Path:
         """Return the file of a block's weights."""
@@ -218,8 +234,8 @@ def _outlier_ratios(
     """Return the outlier ratio of every block of the dense model, where the allocation needs it."""
     if settings.allocation != "owl" or calibration is None:
         return None
-    known: list[float] | None = work.load("outlier_ratios.json")
-    if known is not None:
+    known = work.load("outlier_ratios.json")
+    if isinstance(known, list) and len(known) == len(skeleton.blocks):
         return known
     inputs = skeleton.capture(torch.from_numpy(calibration.tokens))
     ratios: list[float] = []
@@ -255,18 +271,18 @@ def _prune_blocks(
     for index, sparsity in enumerate(sparsities):
         started = time.perf_counter()
         shard = work.shard(index)
-        record = work.load(f"block-{index:05d}.json")
-        is_done = shard.is_file() and record is not None
+        is_done = work.finished(index) is not None
         with skeleton.filled(index) as block:
             if not is_done:
-                record = _prune_block_(skeleton, block, index, method, inputs, sparsity, shard)
+                linears = _prune_block_(skeleton, block, index, method, inputs, sparsity, shard)
             elif inputs is not None:
                 _fill_from_shard_(skeleton, index, shard)
             if inputs is not None:
                 _run_block_(block, inputs, index, {}, {})
         if not is_done:
             timing = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-            write_json(work.folder / f"block-{index:05d}.json", {"linears": record, "measured": timing})
+            record = {"linears": linears, "measured": timing, "shard_sha256": file_sha256(shard)}
+            write_json(work.folder / f"block-{index:05d}.json", record)
         on_step(
             Step("pruning blocks", index + 1, len(sparsities), f"{'kept' if is_done else 'sparsity'} {sparsity:.3f}")
         )

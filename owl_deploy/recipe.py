@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -71,8 +72,7 @@ class PruneSettings(Settings):
     owl_lambda: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.08
     """Half the spread of the block sparsities around the target."""
     calibration: str = "generated"
-    """Text source of the calibration tokens: generated, python-docs, wikitext2, c4, text:PATH, "
-    "jsonl:PATH[:field] or hf:NAME."""
+    """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
     n_samples: Annotated[int, Field(ge=1)] = 128
     """Calibration sequences."""
     seq_len: Annotated[int, Field(ge=2)] = 2048
@@ -178,7 +178,7 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
     try:
         mapping = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date like 2025-02-30 is a ValueError
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return recipe_from_mapping(mapping, where=str(path))
 
@@ -199,13 +199,21 @@ def checked(kind: type[SettingsT], mapping: dict[str, Any], *, where: str) -> Se
         raise RecipeError(f"{where}: {problems}") from error
 
 
+# One sentence, whatever was found: a few lines of YAML aliases can stand for gigabytes.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
+
+
 def _sentence(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     """Say what is wrong with one key, what was found, and what is allowed."""
     # Union branches ("int", "literal[...]") appear in the location; keys and indices are what users wrote.
     location = [part for part in problem["loc"] if isinstance(part, int) or str(part).isidentifier()]
     key = ".".join(str(part) for part in location if part not in ("int", "function-after"))
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(str(location[-1]), _known_keys(kind, location[:-1]))}"
+        *parents, word = problem["loc"]  # the unknown key as it was written, be it an identifier or not
+        shown = str(word) if word and str(word).isprintable() else _REPR.repr(word)
+        key = ".".join([*map(str, parents), shown])
+        return f"unknown key {key}{_nearest(str(word), _known_keys(kind, parents))}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -216,7 +224,7 @@ def _sentence(kind: type[BaseModel], problem: dict[str, Any]) -> str:
         hint = _nearest(
             problem["input"], str(problem["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         )
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}{hint}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {_REPR.repr(problem['input'])}{hint}"
 
 
 def _known_keys(kind: type[BaseModel], location: list[Any]) -> list[str]:

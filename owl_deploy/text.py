@@ -7,6 +7,7 @@ evaluation part is meant; a folder with a `tokenizer.json`. Out: documents, and 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def _jsonl(rest: str) -> Iterator[str]:
     path, _, field = rest.rpartition(":")
     if not path or Path(rest).exists():
         path, field = rest, "text"
-    for number, line in enumerate(_read_text(Path(path)).splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(_read_text(Path(path))), start=1):
         if not line.strip():
             continue
         try:
@@ -119,7 +120,7 @@ def _jsonl(rest: str) -> Iterator[str]:
 
 def _wikitext_local(path: Path) -> str:
     """Return a raw WikiText file joined as the hub serves it: rows keep their newline, blank rows are empty."""
-    lines = _read_text(path).splitlines(keepends=True)
+    lines = io.StringIO(_read_text(path))  # not splitlines, which also cuts at U+2028 and the like
     return "\n\n".join("" if not line.strip() else line for line in lines)
 
 
@@ -185,7 +186,12 @@ def _special_id(folder: Path, tokenizer: Tokenizer, name: str) -> int | None:
     """Return the id of a special token named in the tokenizer's or the model's configuration."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / file
-        value = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+        if not path.is_file():
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get(name)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UnsupportedModelError(f"{path} is not a JSON object: {error}") from error
         content = value.get("content") if isinstance(value, dict) else value
         if isinstance(content, str):
             found: int | None = tokenizer.token_to_id(content)

@@ -11,17 +11,9 @@ import pytest
 from rich.console import Console
 
 from owl_deploy.bench import plots
-from owl_deploy.bench.report import (
-    DEEPSPARSE_LICENCE,
-    cautions,
-    findings,
-    html_page,
-    markdown,
-    terminal_table,
-    verdict,
-    void_reason,
-    write_report,
-)
+from owl_deploy.bench.comparison import void_reason
+from owl_deploy.bench.report import DEEPSPARSE_LICENCE, html_page, markdown, terminal_table, write_report
+from owl_deploy.bench.verdict import cautions, findings, verdict
 
 HOSTILE = "</script><script>alert(1)</script>|<img src=x onerror=alert(2)>`[a](http://evil.example)"
 

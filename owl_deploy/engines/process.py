@@ -91,7 +91,13 @@ class EngineProcess:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise EngineFailedError(self._death()) from None
-        answer: dict[str, Any] = json.loads(self._line())
+        line = self._line()
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise EngineFailedError(f"{self.engine} failed at {command}: it answered {line[:100]!r}")
         if "error" in answer:
             raise EngineFailedError(f"{self.engine} failed at {command}: {answer['error']}")
         return answer
@@ -117,7 +123,11 @@ class EngineProcess:
 
     def _death(self) -> str:
         """Say how the worker ended, with its last words."""
-        code = self._process.wait(timeout=10)
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return f"{self.engine} stopped answering and was stopped"
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         lines = [line.strip() for line in self._stderr_path.read_text(errors="replace").splitlines() if line.strip()]
         words = f": {lines[-1][:300]}" if lines else ""

@@ -1,0 +1,218 @@
+"""Wanda and magnitude masks, checked against worked values and a slow selection of one row at a time."""
+
+from fractions import Fraction
+from math import ceil
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from owl_deploy.methods import METHODS, magnitude, wanda
+from owl_deploy.methods.method import n_pruned, prune_lowest
+from owl_deploy.recipe import PruneSettings
+from owl_deploy.statistics import SquaredNorm
+
+QUICK = settings(derandomize=True, deadline=None, max_examples=60)
+
+WEIGHT = torch.tensor(
+    [
+        [0.10, -0.80, 0.30, 0.05, -0.60, 0.20],
+        [-0.40, 0.25, -0.15, 0.70, 0.35, -0.50],
+        [0.90, -0.05, 0.45, -0.30, 0.15, 0.60],
+        [-0.20, 0.55, -0.65, 0.40, -0.10, 0.02],
+    ]
+)
+SEQUENCES = [
+    torch.tensor([[1, 0, 2, -1, 0.5, 3], [0, 1, -2, 1, 0.5, 0]]),
+    torch.tensor([[2, -1, 0, 0, 1, 1], [1, 0, 1, 2, -0.5, 0]]),
+]
+SCORE = [
+    [0.173205, 0.800000, 0.636396, 0.086603, 0.561249, 0.447214],
+    [0.692820, 0.250000, 0.318198, 1.212436, 0.327395, 1.118034],
+    [1.558846, 0.050000, 0.954594, 0.519615, 0.140312, 1.341641],
+    [0.346410, 0.550000, 1.378858, 0.692820, 0.093541, 0.044721],
+]
+# 1 = pruned, as published: a threshold per matrix, and all that is not above it goes.
+OFFICIAL_MAGNITUDE = {
+    0.5: [[1, 0, 1, 1, 0, 1], [0, 1, 1, 0, 1, 0], [0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]],
+    0.7: [[1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 1, 0], [1, 0, 0, 1, 1, 1]],
+}
+
+sparsities = st.floats(0, 0.999).map(lambda s: round(s, 3))
+
+
+def slow_n_pruned(n: int, sparsity: float) -> int:
+    """n * sparsity as written in decimal, to the nearest integer, halves down."""
+    return ceil(n * Fraction(repr(sparsity)) - Fraction(1, 2))
+
+
+def slow_mask(score: NDArray[Any], sparsity: float) -> NDArray[np.bool_]:
+    """Take the lowest score of each row away, one after the other; the first of equal ones goes first."""
+    mask = np.ones(score.shape, dtype=bool)
+    for row, kept in zip(score, mask, strict=True):
+        for _ in range(slow_n_pruned(len(row), sparsity)):
+            lowest = min((value, column) for column, value in enumerate(row) if kept[column])
+            kept[lowest[1]] = False
+    return mask
+
+
+def worked_statistic() -> SquaredNorm:
+    statistic = SquaredNorm(6)
+    for sequence in SEQUENCES:
+        statistic.update(sequence)
+    return statistic
+
+
+def pruned_positions(weight: torch.Tensor) -> list[list[int]]:
+    return (weight == 0).int().tolist()  # type: ignore[no-any-return]
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> torch.Tensor:
+    """Small matrices; few distinct values in some, so that ties and zeros happen."""
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 24))
+    values = draw(st.sampled_from([st.integers(-3, 3).map(float), st.floats(-1e3, 1e3, width=32)]))
+    flat = draw(st.lists(values, min_size=rows * columns, max_size=rows * columns))
+    return torch.tensor(flat, dtype=torch.float32).reshape(rows, columns)
+
+
+def test_wanda_statistic_and_score_of_the_worked_example() -> None:
+    statistic = worked_statistic()
+    assert statistic.mean.tolist() == [3.0, 1.0, 4.5, 3.0, 0.875, 5.0]
+    np.testing.assert_allclose(wanda.score(WEIGHT, statistic).numpy(), SCORE, atol=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "expected"),
+    [
+        (0.5, [[1, 0, 0, 1, 0, 1], [0, 1, 1, 0, 1, 0], [0, 1, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]]),
+        (0.7, [[1, 0, 0, 1, 1, 1], [1, 1, 1, 0, 1, 0], [0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1]]),
+    ],
+)
+def test_wanda_masks_of_the_worked_example(sparsity: float, expected: list[list[int]]) -> None:
+    assert pruned_positions(wanda.prune(WEIGHT, worked_statistic(), sparsity)) == expected
+
+
+@pytest.mark.parametrize(("sparsity", "threshold", "n_official", "n_ours"), [(0.5, 0.35, 13, 12), (0.7, 0.5, 17, 17)])
+def test_magnitude_prunes_exactly_what_was_asked_where_the_official_rule_overshoots(
+    sparsity: float, threshold: float, n_official: int, n_ours: int
+) -> None:
+    official = (WEIGHT.abs() <= threshold).numpy()
+    assert official.astype(int).tolist() == OFFICIAL_MAGNITUDE[sparsity]
+    assert official.sum() == n_official
+    ours = (magnitude.prune(WEIGHT, None, sparsity) == 0).numpy()
+    assert ours.sum() == n_ours == slow_n_pruned(24, sparsity)
+    # Rank floor(24 s) is one more than 12 at 0.5, and 17 = 16.8 rounded up at 0.7: the same order, cut elsewhere.
+    assert not (ours & ~official).any()
+    assert set(WEIGHT.abs().numpy()[official & ~ours].tolist()) <= {float(np.float32(threshold))}
+
+
+def test_magnitude_prunes_the_first_of_equal_weights() -> None:
+    weight = torch.tensor([[1.0, -1.0, 2.0], [1.0, 1.0, -2.0]])
+    assert pruned_positions(magnitude.prune(weight, None, 0.5)) == [[1, 1, 0], [1, 0, 0]]
+
+
+def test_magnitude_compares_within_the_matrix_and_not_within_rows() -> None:
+    weight = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
+    assert pruned_positions(magnitude.prune(weight, None, 0.5)) == [[1, 1, 1, 1], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("n", "sparsity", "expected"),
+    [
+        (100, 0.29, 29),  # 28.999999999999996 in binary floats
+        (4096, 0.7, 2867),
+        (11008, 0.7, 7706),  # 7705.6
+        (5, 0.5, 2),  # halves down
+        (3, 0.5, 1),
+        (6, 0.7, 4),
+        (7, 0.0, 0),
+        (10, 0.05, 0),
+        (1, 0.99, 1),
+        (24, 1e-05, 0),  # written with an exponent
+    ],
+)
+def test_number_of_pruned_weights_is_the_nearest_integer(n: int, sparsity: float, expected: int) -> None:
+    assert n_pruned(n, sparsity) == expected == slow_n_pruned(n, sparsity)
+
+
+@QUICK
+@given(n=st.integers(1, 100_000), sparsity=st.floats(0, 1, exclude_max=True))
+def test_number_of_pruned_weights_follows_the_decimal_as_written(n: int, sparsity: float) -> None:
+    count = n_pruned(n, sparsity)
+    assert count == slow_n_pruned(n, sparsity)
+    assert abs(count - n * sparsity) <= 0.5 + 1e-9
+
+
+@QUICK
+@given(score=matrices(), sparsity=sparsities)
+def test_selection_is_that_of_the_slow_loop(score: torch.Tensor, sparsity: float) -> None:
+    mask = prune_lowest(score, sparsity)
+    assert mask.dtype == torch.bool
+    np.testing.assert_array_equal(mask.numpy(), slow_mask(score.numpy(), sparsity))
+
+
+@QUICK
+@given(score=matrices(), sparsity=sparsities)
+def test_every_row_prunes_the_same_number_and_none_above_a_kept_score(score: torch.Tensor, sparsity: float) -> None:
+    mask = prune_lowest(score, sparsity)
+    assert set((~mask).sum(dim=1).tolist()) == {slow_n_pruned(score.shape[1], sparsity)}
+    for row, kept in zip(score, mask, strict=True):
+        if kept.any() and not kept.all():
+            assert row[~kept].max() <= row[kept].min()
+
+
+@QUICK
+@given(weight=matrices(), sparsity=sparsities)
+def test_magnitude_is_the_slow_selection_over_the_flat_matrix(weight: torch.Tensor, sparsity: float) -> None:
+    before = weight.clone()
+    pruned = magnitude.prune(weight, None, sparsity)
+    mask = slow_mask(weight.abs().reshape(1, -1).numpy(), sparsity).reshape(weight.shape)
+    np.testing.assert_array_equal(bits(pruned), np.where(mask, bits(weight), 0))
+    assert torch.equal(weight, before)
+
+
+@QUICK
+@given(weight=matrices(), sparsity=sparsities, seed=st.integers(0, 2**32 - 1))
+def test_wanda_keeps_weights_bit_for_bit_and_puts_plus_zero_elsewhere(
+    weight: torch.Tensor, sparsity: float, seed: int
+) -> None:
+    inputs = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    statistic = SquaredNorm(weight.shape[1])
+    statistic.update(inputs)
+    pruned = wanda.prune(weight, statistic, sparsity)
+    score = np.abs(weight.numpy()) * np.sqrt(statistic.mean.numpy())
+    np.testing.assert_array_equal(bits(pruned), np.where(slow_mask(score, sparsity), bits(weight), 0))
+
+
+def bits(weight: torch.Tensor) -> NDArray[np.int32]:
+    """The float32 values as integers, so that -0.0 is not 0.0."""
+    return weight.contiguous().numpy().view(np.int32)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_sparsity_zero_keeps_every_weight(method: str) -> None:
+    statistic = worked_statistic() if method == "wanda" else None
+    assert torch.equal(METHODS[method].prune(WEIGHT, statistic, 0.0), WEIGHT)
+
+
+def test_wanda_mask_does_not_depend_on_the_scale_of_the_inputs() -> None:
+    scaled = SquaredNorm(6)
+    for sequence in SEQUENCES:
+        scaled.update(sequence * 64)
+    assert torch.equal(wanda.prune(WEIGHT, scaled, 0.5), wanda.prune(WEIGHT, worked_statistic(), 0.5))
+
+
+def test_wanda_prunes_an_input_that_is_never_active_before_all_others() -> None:
+    statistic = SquaredNorm(3)
+    statistic.update(torch.tensor([[1.0, 0.0, 1.0]]))
+    assert pruned_positions(wanda.prune(torch.tensor([[0.1, 9.0, 0.2]]), statistic, 1 / 3)) == [[0, 1, 0]]
+
+
+def test_registry_and_recipe_know_the_same_methods() -> None:
+    assert set(METHODS) == set(get_args(PruneSettings.model_fields["method"].annotation))
+    assert all(name == method.name for name, method in METHODS.items())
