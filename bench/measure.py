@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.bench.bandwidth import memory_bandwidth
 from owl_deploy.bench.machine import MachineWatch, machine_facts
-from owl_deploy.bench.report import DEEPSPARSE_LICENCE
 from owl_deploy.bench.statistics import speedup_interval, summary_ms
+from owl_deploy.engines.bridge import LICENCE_NOTICE
 from owl_deploy.engines.process import EngineProcess, open_engine
 from owl_deploy.errors import EngineUnavailableError, OwlDeployError, RecipeError
 from owl_deploy.evaluation import Evaluation, evaluate
@@ -305,7 +305,7 @@ def _rows(
                 "evaluation": quality.to_json() if quality else None,
                 "parity": artifact.manifest.get("parity"),
                 "samples_ns": case.rounds,
-                "notes": [DEEPSPARSE_LICENCE] if facts.target == "deepsparse" else [],
+                "notes": [LICENCE_NOTICE] if facts.target == "deepsparse" else [],
             }
         )
     return rows

@@ -48,9 +48,10 @@ from owl_deploy.bench.plots import (
     speedup_plot,
 )
 from owl_deploy.bench.verdict import cautions, findings, verdict
+from owl_deploy.engines.bridge import LICENCE_NOTICE
 from owl_deploy.files import new_folder, write_json
 
-__all__ = ["DEEPSPARSE_LICENCE", "html_page", "markdown", "terminal_table", "write_report"]
+__all__ = ["html_page", "markdown", "terminal_table", "write_report"]
 
 Facts: TypeAlias = list[tuple[str, str]]
 
@@ -89,11 +90,6 @@ DEFINITIONS: Facts = [
 ]
 
 HOW_TO_READ = "In brackets: the 95 % interval of the speed-up, and the change of perplexity against the baseline."
-
-DEEPSPARSE_LICENCE = (
-    "DeepSparse may be used for evaluation only, not in production, and its development ended in June 2025. "
-    "Its rows are here for comparison."
-)
 
 
 def write_report(result: Result, folder: Path) -> None:
@@ -222,13 +218,13 @@ def _evaluations(rows: Iterable[Row]) -> list[str]:
 def _notes(result: Result) -> list[str]:
     """Return the rows' notes, each once per engine and artifact, and the licence note if DeepSparse was run."""
     rows = result["rows"]
-    said = [(row, note) for row in rows for note in row.get("notes") or [] if note != DEEPSPARSE_LICENCE]
+    said = [(row, note) for row in rows for note in row.get("notes") or [] if note != LICENCE_NOTICE]
     notes = [f"{row['engine']}, {row['artifact']}: {note}" for row, note in said]
     return list(dict.fromkeys([*notes, *_licence_notes(result)]))
 
 
 def _licence_notes(result: Result) -> list[str]:
-    return [DEEPSPARSE_LICENCE] if any(row["engine"] == "deepsparse" for row in result["rows"]) else []
+    return [LICENCE_NOTICE] if any(row["engine"] == "deepsparse" for row in result["rows"]) else []
 
 
 def _engine(row: Row) -> str:

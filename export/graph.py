@@ -47,7 +47,7 @@ class GraphWriter:
 
     def constant(self, array: NDArray[Any], name: str) -> ir.Value:
         """Add a small constant that is part of the graph, not of the checkpoint."""
-        return self._builder.initializer(ir.tensor(np.ascontiguousarray(array), name=name))
+        return self._builder.initializer(ir.tensor(np.asarray(array, order="C"), name=name))
 
     def int64_input(self, name: str, shape: list[str | int]) -> ir.Value:
         """Add an input of token ids, positions or masks."""

@@ -25,6 +25,7 @@ from owl_deploy.export.parity import check_parity
 from owl_deploy.files import folder_bytes, new_folder, write_json
 from owl_deploy.progress import OnStep, silent
 from owl_deploy.recipe import ExportSettings
+from owl_deploy.skeleton import open_skeleton
 from owl_deploy.text import Encoder
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import versions
@@ -80,6 +81,7 @@ def export_onnx(
     """
     checkpoint = open_checkpoint(model, offline=offline)
     decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
+    open_skeleton(checkpoint)  # refuses tensors that are missing or of another shape
     with new_folder(out, replace=force) as folder:
         graph, weights = _GRAPHS[settings.target](decoder)
         _refuse_unused_tensors(checkpoint, weights)

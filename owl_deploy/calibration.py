@@ -64,8 +64,8 @@ def calibration_tokens(
     """Return the calibration tokens of a run.
 
     `generated` samples them from the model itself (see `owl_deploy.generation`). Other sources:
-    documents in seeded order are joined, cut into sequences that do not overlap, and n_samples of
-    them are drawn without replacement. The published protocol draws one window per long document
+    documents are joined in their order, cut into sequences that do not overlap, and n_samples of
+    them are drawn by seed without replacement. The published protocol draws one window per long document
     and throws short ones away; joining keeps them, so small texts and models with a short
     vocabulary of long documents work (and it cannot hang).
 

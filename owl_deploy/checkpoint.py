@@ -171,7 +171,7 @@ def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UnsupportedModelError(f"{index} is damaged: weight_map does not give a file name for every tensor")
         names = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in names):
+        if any(Path(name).name != name or name in ("", "..") for name in names):
             raise UnsupportedModelError(f"{index} points outside its folder")
         files = [path / name for name in names]
     else:

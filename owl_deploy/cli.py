@@ -403,13 +403,13 @@ def bench(
       owl-deploy bench dense sparse --baseline dense --max-windows 2 --out report
     """
     settings, evaluation = _settings(BenchSettings, flags), _settings(EvalSettings, flags)
-    if out.exists() and not force:
-        raise OwlDeployError(f"{out} exists already: give another --out, or --force to replace it")
     _prepare(offline)
     from owl_deploy.bench.measure import measure_artifacts
     from owl_deploy.bench.report import write_report
+    from owl_deploy.files import new_folder
 
-    with TerminalProgress(is_quiet=quiet) as progress:
+    # Made before measuring, so that a place that cannot be written is known at once.
+    with new_folder(out, replace=force) as folder, TerminalProgress(is_quiet=quiet) as progress:
         measured = measure_artifacts(
             artifacts,
             settings,
@@ -420,7 +420,7 @@ def bench(
             seed=seed,
             on_step=progress,
         )
-    write_report(measured, out)
+        write_report(measured, folder)
     if as_json:
         _print_json({"report": str(out), **measured})
     else:
@@ -480,49 +480,57 @@ def install(engine: str, python: str | None) -> None:
     Example:
       owl-deploy engines install deepsparse
     """
-    from owl_deploy.engines.bridge import LICENCE_NOTICE, install_bridge
+    from owl_deploy.engines.bridge import install_bridge
 
-    click.echo(LICENCE_NOTICE, err=True)
     folder = install_bridge(python, on_line=lambda line: click.echo(line, err=True))
     click.echo(f"{engine}: {folder}")
 
 
 def main() -> None:
     """Run the command line and exit with its code: see `owl_deploy.errors`."""
-    signal.signal(signal.SIGTERM, _terminated)
+    stopped_by: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        stopped_by.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         sys.exit(cli.main(standalone_mode=False))
-    except click.ClickException as error:
+    except SystemExit:
+        raise
+    except BaseException as error:
+        # Whatever it is by now: native code of libraries turns an interrupt into errors of its own.
+        if stopped_by:
+            _leave(
+                f"{'interrupted' if stopped_by[0] == signal.SIGINT else 'terminated'}: {_STOPPED}", 128 + stopped_by[0]
+            )
+        _explain(error)
+        raise
+
+
+_STOPPED = "nothing half-written was left; prune and run continue with --resume"
+
+
+def _explain(error: BaseException) -> None:
+    """Exit with one sentence where the error is one that a user can do something about."""
+    if isinstance(error, click.ClickException):
         error.show()
         _leave(error.format_message(), error.exit_code, is_shown=True)
-    except (KeyboardInterrupt, click.Abort):
-        _leave(f"interrupted: {_AFTER_STOP}", 130)
-    except _TerminatedError:
-        _leave(f"terminated: {_AFTER_STOP}", 128 + signal.SIGTERM)
-    except OwlDeployError as error:
+    if isinstance(error, OwlDeployError):
         _leave(str(error), error.exit_code)
-    except ModuleNotFoundError as error:
+    if isinstance(error, ModuleNotFoundError):
         _leave(
             f"{error.name} is not installed: pip install 'owl-deploy[prune]' brings what pruning and exporting need", 1
         )
-    except OSError as error:
+    if isinstance(error, OSError):
         if error.errno == errno.EPIPE:
             os._exit(1)
         _leave(f"{error.strerror or error}: {error.filename or 'no file named'}", 1)
-    except MemoryError:
+    if isinstance(error, MemoryError):
         _leave("out of memory: lower n_samples or seq_len, or free some memory", 1)
-
-
-_AFTER_STOP = "nothing half-written was left; prune and run continue with --resume"
-
-
-class _TerminatedError(BaseException):
-    """SIGTERM arrived; like KeyboardInterrupt, nothing but clean-up comes in its way."""
-
-
-def _terminated(_number: int, _frame: FrameType | None) -> None:
-    """Turn SIGTERM into an exit that cleans up."""
-    raise _TerminatedError
 
 
 def _leave(message: str, code: int, *, is_shown: bool = False) -> None:

@@ -310,7 +310,8 @@ def _settings_key(windows: Windows, reference: str | None) -> str:
     if reference is not None:
         manifest = Path(reference) / "owl.json"
         judged_by = file_sha256(manifest) if manifest.is_file() else reference
-    return json.dumps([windows.sha256, judged_by])
+    # The hash knows nothing of rows: two windows of 64 tokens hash as one of 128.
+    return json.dumps([windows.tokens.shape, windows.sha256, judged_by])
 
 
 def _stored(model: str, key: str) -> Evaluation | None:

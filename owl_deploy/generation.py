@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from owl_deploy.checkpoint import Checkpoint
-from owl_deploy.errors import OwlDeployError, UnsupportedModelError
+from owl_deploy.errors import OwlDeployError
 from owl_deploy.progress import OnStep, Step, silent
+from owl_deploy.skeleton import open_skeleton
 
 __all__ = ["greedy_tokens", "load_torch_model", "sample_tokens"]
 
@@ -25,27 +26,15 @@ def load_torch_model(checkpoint: Checkpoint) -> Any:
     """Load a whole checkpoint as a float32 transformers model in evaluation mode.
 
     Raises:
-        UnsupportedModelError: transformers cannot load it, or would make up a weight that it lacks.
+        UnsupportedModelError: a tensor is missing or of another shape than config.json says.
         OwlDeployError: a weight holds NaN or Inf.
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"{checkpoint.path} cannot be loaded by transformers: {error}") from error
-    model, notes = loaded
-    if notes["missing_keys"]:
-        raise UnsupportedModelError(
-            f"{checkpoint.path} has no tensor for {sorted(notes['missing_keys'])[0]}: the checkpoint is not complete"
-        )
+    open_skeleton(checkpoint)  # transformers would make up what is missing
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+    )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise OwlDeployError(

@@ -212,16 +212,16 @@ class _Work:
             log.warning("%s is damaged and made anew: %s", self.folder / name, error)
             return None
 
-    def finished(self, index: int) -> dict[str, Any] | None:
-        """Return the record of a finished block, None where it or its shard is missing or damaged."""
+    def is_finished(self, index: int) -> bool:
+        """Return whether a block's record and its shard are there and undamaged."""
         record = self.load(f"block-{index:05d}.json")
         if not isinstance(record, dict) or not {"linears", "measured", "shard_sha256"} <= record.keys():
-            return None
+            return False
         shard = self.shard(index)
         if not shard.is_file() or file_sha256(shard) != record["shard_sha256"]:
             log.warning("%s is missing or damaged and made anew", shard)
-            return None
-        return record
+            return False
+        return True
 
     def shard(self, index: int) -> Path:
         """Return the file of a block's weights."""
@@ -271,7 +271,7 @@ def _prune_blocks(
     for index, sparsity in enumerate(sparsities):
         started = time.perf_counter()
         shard = work.shard(index)
-        is_done = work.finished(index) is not None
+        is_done = work.is_finished(index)
         with skeleton.filled(index) as block:
             if not is_done:
                 linears = _prune_block_(skeleton, block, index, method, inputs, sparsity, shard)
@@ -335,7 +335,7 @@ def _fill_from_shard_(skeleton: Skeleton, index: int, shard: Path) -> None:
     stored = load_file(shard)
     prefix = f"{skeleton.prefix}.{index}."
     for parameter, tensor in skeleton.block_tensors(index).items():
-        skeleton.fill_(skeleton.blocks[index], parameter.removeprefix(prefix), stored[tensor], tensor)
+        skeleton.fill_(skeleton.blocks[index], parameter.removeprefix(prefix), stored[tensor])
 
 
 @torch.inference_mode()

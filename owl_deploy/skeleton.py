@@ -94,23 +94,16 @@ class Skeleton:
         prefix = f"{self.prefix}.{index}."
         try:
             for parameter, tensor in names.items():
-                self.fill_(block, parameter.removeprefix(prefix), self.checkpoint.read(tensor), tensor)
+                self.fill_(block, parameter.removeprefix(prefix), self.checkpoint.read(tensor))
             yield block
         finally:
             for parameter in names:
                 set_module_tensor_to_device(block, parameter.removeprefix(prefix), "meta")
 
     @staticmethod
-    def fill_(module: nn.Module, name: str, value: torch.Tensor, tensor: str) -> None:
-        """Put a tensor's value into a parameter of `module`, as float32.
-
-        Raises:
-            UnsupportedModelError: the shape does not fit.
-        """
-        try:
-            set_module_tensor_to_device(module, name, "cpu", value=value.float(), dtype=torch.float32)
-        except ValueError as error:
-            raise UnsupportedModelError(f"tensor {tensor} does not fit its config.json: {error}") from error
+    def fill_(module: nn.Module, name: str, value: torch.Tensor) -> None:
+        """Put a value into a parameter of `module`, as float32."""
+        set_module_tensor_to_device(module, name, "cpu", value=value.float(), dtype=torch.float32)
 
     @torch.inference_mode()
     def capture(self, tokens: torch.Tensor) -> BlockInputs:
@@ -149,8 +142,8 @@ class Skeleton:
             in_blocks = name.startswith(f"{self.prefix}.")
             is_head = id(parameter) == head_id and head_id != embedding_id
             if not in_blocks and not is_head and parameter.is_meta:
-                tensor = self.tensor_name(name)
-                self.fill_(self.model, name, self.checkpoint.read(tensor), tensor)
+                self.fill_(self.model, name, self.checkpoint.read(self.tensor_name(name)))
+        self.model.tie_weights()  # filling replaces the embedding; a tied head must follow, or it would count twice
 
 
 class _AllSeenError(Exception):
@@ -178,7 +171,8 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
     """Build the model of a checkpoint's configuration on the meta device and find its blocks.
 
     Raises:
-        UnsupportedModelError: transformers does not know the architecture, or it has no decoder blocks.
+        UnsupportedModelError: transformers does not know the architecture, it has no decoder blocks, or
+            a tensor is missing or of another shape.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -198,7 +192,15 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
         ) from error
     model.tie_weights()
     prefix, blocks = _decoder_blocks(model, checkpoint)
-    return Skeleton(checkpoint, model, prefix, blocks)
+    skeleton = Skeleton(checkpoint, model, prefix, blocks)
+    for name, parameter in model.named_parameters():
+        tensor = skeleton.tensor_name(name)
+        found, expected = checkpoint.tensors[tensor].shape, tuple(parameter.shape)
+        if found != expected:
+            raise UnsupportedModelError(
+                f"tensor {tensor} does not fit its config.json: its shape is {found}, expected {expected}"
+            )
+    return skeleton
 
 
 def _decoder_blocks(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, nn.ModuleList]:

@@ -1,5 +1,6 @@
 """OWL's allocation, checked against worked values, a plain formula and a root finder."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_more_outliers_never_mean_more_sparsity(model: Blocks, target: float, ow
     ratios, n_weights = model
     values = owl(ratios, n_weights, target, owl_lambda=owl_lambda)
     by_ratio = [value for _, value in sorted(zip(ratios, values, strict=True), key=lambda pair: pair[0])]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(by_ratio, by_ratio[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(by_ratio))
 
 
 @QUICK

@@ -41,7 +41,9 @@ def finished_environment(pins: tuple[str, ...] = bridge.PINS) -> Path:
 def fake_interpreter(path: Path, *, pip: str = "echo Collecting deepsparse", check: str = "echo 1.8.0") -> Path:
     """An interpreter that says it is 3.11 and makes environments whose python runs `pip` and `check`."""
     inner = f'case "$1 $2" in "-m pip") {pip};; *) {check};; esac'
-    making = f"mkdir -p \"$3/bin\" && printf '%s\\n' '#!/bin/sh' '{inner}' > \"$3/bin/python\" && chmod +x \"$3/bin/python\""
+    making = (
+        f"mkdir -p \"$3/bin\" && printf '%s\\n' '#!/bin/sh' '{inner}' > \"$3/bin/python\" && chmod +x \"$3/bin/python\""
+    )
     return command(path, f'case "$1" in -c) echo 3.11;; *) {making};; esac')
 
 
@@ -102,7 +104,9 @@ def test_machine_that_cannot_run_it_is_told_why(
         bridge.install_bridge()
 
 
-def test_features_of_the_processor_are_read_as_linux_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_the_processor_are_read_as_linux_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\n", encoding="utf-8")
@@ -128,7 +132,7 @@ def test_no_interpreter_is_one_sentence_that_lists_what_was_tried(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(command(tmp_path / "running", "echo 3.12")))
-    monkeypatch.setattr(bridge.os, "get_exec_path", lambda: [str(tmp_path / "stubs")])
+    monkeypatch.setattr("os.get_exec_path", lambda: [str(tmp_path / "stubs")])
     command(tmp_path / "stubs" / "python3.10", "echo no ensurepip >&2; exit 1")
     with pytest.raises(EngineUnavailableError) as caught:
         bridge.find_interpreter()

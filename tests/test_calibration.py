@@ -145,7 +145,9 @@ def test_auto_adds_no_bos_where_the_tokenizer_adds_none(tiny_model: Path, two_do
     assert not calibration.starts_with_bos
 
 
-def test_auto_starts_every_document_with_the_bos_that_the_tokenizer_adds(adding_model: Path, two_documents: str) -> None:
+def test_auto_starts_every_document_with_the_bos_that_the_tokenizer_adds(
+    adding_model: Path, two_documents: str
+) -> None:
     calibration = sampled(adding_model, two_documents, n_samples=1, seq_len=27)
     assert byte_tokenizer().decode(calibration.tokens[0]) == "<bos>abcde<bos>fghijkl<bos>mnopqrstuvwx"
     assert calibration.starts_with_bos
@@ -217,7 +219,7 @@ def slow_samples(model: Path, n_samples: int, seq_len: int, seed: int) -> list[l
         while tokens.shape[1] < seq_len:
             probabilities = torch_model(tokens, use_cache=False).logits[:, -1].softmax(dim=-1)
             tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
-    return tokens.tolist()  # type: ignore[no-any-return]
+    return tokens.tolist()
 
 
 def test_generated_text_is_sampled_from_the_model_itself(tiny_model: Path, empty_cache: Path) -> None:

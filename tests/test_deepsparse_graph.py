@@ -112,7 +112,13 @@ def test_inputs_and_outputs_are_those_of_sparseml(tmp_path: Path) -> None:
     graph, _ = deepsparse_graph(decoder_of(random_model("llama"), tmp_path))
     caches = ["0.key", "0.value", "1.key", "1.value"]
     past = [f"past_key_values.{name}" for name in caches]
-    assert [value.name for value in graph.graph.input] == ["input_ids", "attention_mask", *past, "positions", "causal_mask"]
+    assert [value.name for value in graph.graph.input] == [
+        "input_ids",
+        "attention_mask",
+        *past,
+        "positions",
+        "causal_mask",
+    ]
     assert [value.name for value in graph.graph.output] == ["logits", *(f"present.{name}" for name in caches)]
 
 

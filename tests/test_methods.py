@@ -68,7 +68,7 @@ def worked_statistic() -> SquaredNorm:
 
 
 def pruned_positions(weight: torch.Tensor) -> list[list[int]]:
-    return (weight == 0).int().tolist()  # type: ignore[no-any-return]
+    return (weight == 0).int().tolist()
 
 
 @st.composite

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from owl_deploy.bench import plots
 from owl_deploy.bench.comparison import void_reason
-from owl_deploy.bench.report import DEEPSPARSE_LICENCE, html_page, markdown, terminal_table, write_report
+from owl_deploy.bench.report import html_page, markdown, terminal_table, write_report
 from owl_deploy.bench.verdict import cautions, findings, verdict
+from owl_deploy.engines.bridge import LICENCE_NOTICE
 
 HOSTILE = "</script><script>alert(1)</script>|<img src=x onerror=alert(2)>`[a](http://evil.example)"
 
@@ -437,7 +438,7 @@ def test_series_colours_stand_out_on_both_backgrounds() -> None:
 
 
 def test_licence_note_is_written_once() -> None:
-    licensed = bench_row("deepsparse", "ds", 16.0, notes=[DEEPSPARSE_LICENCE])
+    licensed = bench_row("deepsparse", "ds", 16.0, notes=[LICENCE_NOTICE])
     assert markdown(bench_result(licensed, licensed | {"artifact": "ds2"})).count("ended in June 2025") == 1
 
 

@@ -92,7 +92,8 @@ def test_toy_block_has_one_outlier_of_twelve() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "percent"), [((1.0, 18), 30.0, 10), ((1.0, 19), 30.0, 5), ((1.0, 19), 3.0, 0), ((1.0, 17), 30.0, 15)]
+    ("low", "high", "percent"),
+    [((1.0, 18), 30.0, 10), ((1.0, 19), 30.0, 5), ((1.0, 19), 3.0, 0), ((1.0, 17), 30.0, 15)],
 )
 def test_worked_blocks_of_twenty_scores(low: tuple[float, int], high: float, percent: float) -> None:
     value, count = low

@@ -30,6 +30,8 @@ from owl_deploy.errors import EngineFailedError
 __all__ = ["EngineProcess", "open_engine", "open_worker"]
 
 _WORKER = Path(__file__).resolve().parent / "worker"
+# Seconds that a worker gets to end after it has closed its output: a core dump takes a while.
+_LAST_WORDS_S = 10.0
 
 
 class EngineProcess:
@@ -124,7 +126,7 @@ class EngineProcess:
     def _death(self) -> str:
         """Say how the worker ended, with its last words."""
         try:
-            code = self._process.wait(timeout=10)
+            code = self._process.wait(timeout=_LAST_WORDS_S)
         except subprocess.TimeoutExpired:
             self.kill()
             return f"{self.engine} stopped answering and was stopped"

@@ -12,11 +12,11 @@ from typing import Any
 
 os.environ["NM_DISABLE_ANALYTICS"] = "True"  # read when sparseml is imported
 
-import numpy as np  # noqa: E402
-import onnx  # noqa: E402
-from onnx import numpy_helper  # noqa: E402
-from sparseml.onnx.utils import onnx_nodes_sparsities  # noqa: E402
-from sparseml.onnx.utils.sparse_tensor import convert_sparse_initializers_to_dense  # noqa: E402
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from sparseml.onnx.utils import onnx_nodes_sparsities
+from sparseml.onnx.utils.sparse_tensor import convert_sparse_initializers_to_dense
 
 
 def check_sparse_initializers(model_path: str) -> dict[str, Any]:

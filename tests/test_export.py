@@ -1,0 +1,338 @@
+"""The export stage as a whole: what the folder holds, what its manifest says, and who can run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import call
+from conftest import TINY, OwlDeploy, byte_tokenizer, save_tiny_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from owl_deploy.artifact import OnnxArtifact, open_artifact
+from owl_deploy.engines.process import open_worker
+from owl_deploy.errors import OwlDeployError, UnsupportedModelError
+from owl_deploy.export.writer import export_onnx
+from owl_deploy.pruning import prune
+from owl_deploy.recipe import ExportSettings, PruneSettings
+
+FILES = {
+    "model.onnx",
+    "model.onnx.data",
+    "genai_config.json",
+    "owl.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+}
+
+
+@pytest.fixture(scope="session")
+def pruned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with 70 % of its linears' weights at zero."""
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    settings = PruneSettings(method="magnitude", allocation="uniform", sparsity=0.7)
+    prune(str(tiny_model), settings, out=folder, threads=1)
+    return folder
+
+
+def export(model: Path, out: Path, *, parity: bool = False, force: bool = False, **settings: Any) -> OnnxArtifact:
+    return export_onnx(str(model), ExportSettings(**settings), out=out, threads=1, parity=parity, force=force)
+
+
+def change_tensors_(model: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Add tensors to a checkpoint's only weight file, and remove those given as None."""
+    tensors = {**load_file(model / "model.safetensors"), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def greedy_tokens(folder: Path, prompt: list[int], n_tokens: int) -> list[int]:
+    """Return the prompt and its continuation by onnxruntime-genai, as a user would call it."""
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(folder))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + n_tokens)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    tokens: list[int] = generator.get_sequence(0).tolist()
+    return tokens
+
+
+def torch_greedy_tokens(model: Path, prompt: list[int], n_tokens: int) -> list[int]:
+    inputs = torch.tensor([prompt])
+    tokens: list[int] = (
+        AutoModelForCausalLM.from_pretrained(model)
+        .generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=n_tokens, do_sample=False)[0]
+        .tolist()
+    )
+    return tokens
+
+
+def test_command_prints_what_it_wrote(owl_deploy: OwlDeploy, pruned_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    result = owl_deploy(
+        "export", pruned_model, "--weights", "sparse-initializer", "--out", out, "--threads", "1", "--json", "--quiet"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    summary = json.loads(result.stdout)
+    manifest = open_artifact(out).manifest
+    assert summary["artifact"] == str(out)
+    assert {key: summary[key] for key in summary if key != "artifact"} == {
+        key: manifest[key] for key in summary if key != "artifact"
+    }
+    assert (summary["target"], summary["weights"], summary["precision"]) == (
+        "onnxruntime",
+        "sparse-initializer",
+        "fp32",
+    )
+    assert summary["parity"]["passed"]
+    assert summary["parity"]["top1_agreement"] == 1.0
+    assert {item.name for item in out.iterdir()} == FILES
+
+
+def test_command_says_in_words_what_each_matrix_took(pruned_model: Path, tmp_path: Path) -> None:
+    flags = ("--weights", "sparse-initializer", "--no-parity", "--quiet")
+    result = call("export", pruned_model, "--out", tmp_path / "artifact", *flags)
+    assert result.code == 0
+    assert result.stdout.count(": coo-varint, predicted ") == 14
+    assert "1 of 15 matrices are dense" in result.stdout
+    assert "Parity:" not in result.stdout
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "deepsparse"])
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("weights", ["dense", "sparse-initializer"])
+def test_manifest_agrees_with_the_files_and_the_model(target: str, is_tied: bool, weights: str, tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "dense", tie_word_embeddings=is_tied)
+    model = tmp_path / "pruned"
+    prune(str(source), PruneSettings(method="magnitude", allocation="uniform", sparsity=0.8), out=model, threads=1)
+    artifact = export(model, tmp_path / "artifact", target=target, weights=weights)
+    manifest, facts = artifact.manifest, artifact.facts
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+
+    files = [item for item in artifact.path.iterdir() if item.name != "owl.json"]
+    assert manifest["bytes_on_disk"] == sum(item.stat().st_size for item in files)
+
+    # A decode step multiplies by every linear, the head among them, and gathers one row of the embedding.
+    linears = [module.weight for module in loaded.modules() if isinstance(module, nn.Linear)]
+    assert facts.bytes_per_decode_step == {
+        "dense": 4 * sum(weight.numel() for weight in linears),
+        "nonzero": 4 * sum(int(weight.count_nonzero()) for weight in linears),
+    }
+
+    matrices = {matrix["name"]: matrix for matrix in manifest["matrices"]}
+    tensors = {name: tensor.detach() for name, tensor in loaded.named_parameters() if tensor.ndim == 2}
+    for name, matrix in matrices.items():
+        tensor = tensors[name.removesuffix(".transposed")]
+        stored = tensor.T if name.endswith(".transposed") else tensor
+        assert matrix["shape"] == list(stored.shape)
+        assert matrix["sparsity"] == pytest.approx(float((tensor == 0).float().mean()), abs=1e-6)
+        assert 0 <= matrix["bytes"] - matrix["predicted_bytes"] <= 12
+        assert matrix["bytes"] <= 4 * tensor.numel()
+        if weights == "dense":
+            assert (matrix["encoding"], matrix["is_external"]) == ("dense", True)
+    assert {name.removesuffix(".transposed") for name in matrices} == tensors.keys()
+    n_elements = sum(matrix["shape"][0] * matrix["shape"][1] for matrix in matrices.values())
+    assert manifest["bytes_dense"] == facts.bytes_dense == 4 * n_elements
+
+    in_blocks = [tensor for name, tensor in tensors.items() if ".layers." in name]
+    n_zeros = sum(int((tensor == 0).sum()) for tensor in in_blocks)
+    assert facts.sparsity["target"] == 0.8
+    assert facts.sparsity["linears"] == pytest.approx(n_zeros / sum(tensor.numel() for tensor in in_blocks))
+    assert facts.sparsity["model"] == pytest.approx(
+        sum(matrix["sparsity"] * matrix["shape"][0] * matrix["shape"][1] for matrix in matrices.values()) / n_elements
+    )
+
+
+def test_manifest_says_where_the_artifact_comes_from(pruned_model: Path, tmp_path: Path) -> None:
+    artifact = export(pruned_model, tmp_path / "artifact")
+    assert artifact.manifest["checkpoint"] == json.loads((pruned_model / "owl.json").read_text())
+    weights = {item.name for item in pruned_model.glob("*.safetensors")}
+    assert artifact.manifest["checkpoint_sha256"].keys() == {"config.json", *weights}
+    assert artifact.manifest["parity"] is None
+    assert artifact.manifest["versions"].keys() >= {"onnx", "onnxruntime", "torch", "transformers"}
+
+
+def test_sparse_artifact_of_a_pruned_model_is_smaller(pruned_model: Path, tmp_path: Path) -> None:
+    sizes = {
+        weights: export(pruned_model, tmp_path / weights, weights=weights).manifest["bytes_on_disk"]
+        for weights in ("dense", "sparse-initializer")
+    }
+    # 70 % of the blocks are zeros; a non-zero takes 5 to 6 bytes instead of 4. The embedding stays dense.
+    assert sizes["sparse-initializer"] < 0.8 * sizes["dense"]
+
+
+def test_dense_model_stays_dense_as_sparse_initializers(tiny_model: Path, tmp_path: Path) -> None:
+    artifact = export(tiny_model, tmp_path / "artifact", weights="sparse-initializer")
+    assert {matrix["encoding"] for matrix in artifact.manifest["matrices"]} == {"dense"}
+    zeros_of_padding_token = TINY["hidden_size"] * 4 / artifact.facts.bytes_dense
+    assert artifact.facts.sparsity == {"target": 0.0, "linears": 0.0, "model": pytest.approx(zeros_of_padding_token)}
+    dense = export(tiny_model, tmp_path / "dense")
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (artifact.path / name).read_bytes() == (dense.path / name).read_bytes()
+
+
+@pytest.mark.deepsparse
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_sparseml_reads_the_same_zeros_and_the_same_numbers(is_tied: bool, tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "dense", tie_word_embeddings=is_tied)
+    model = tmp_path / "pruned"
+    prune(str(source), PruneSettings(method="magnitude", allocation="uniform", sparsity=0.8), out=model, threads=1)
+    artifact = export(model, tmp_path / "artifact", target="deepsparse", weights="sparse-initializer")
+    with open_worker("deepsparse") as worker:
+        seen = worker.ask("check-sparse", model=str(artifact.path / "model.onnx"))
+
+    parameters = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
+    matrices = {matrix["name"]: matrix for matrix in artifact.manifest["matrices"]}
+    multiplied = matrices.keys() - {"model.embed_tokens.weight"}
+    assert seen["linears"].keys() == multiplied
+    for name, linear in seen["linears"].items():
+        weight = parameters[name.removesuffix(".transposed")].detach().T
+        assert linear["shape"] == matrices[name]["shape"] == list(weight.shape)
+        n_zeros = weight.numel() - int(weight.count_nonzero())
+        assert linear["sparsity"] == pytest.approx(n_zeros / weight.numel())
+        assert matrices[name]["sparsity"] == pytest.approx(n_zeros / weight.numel())
+    assert seen["sha256"] == {
+        name: hashlib.sha256(parameters[name.removesuffix(".transposed")].detach().T.numpy().tobytes()).hexdigest()
+        for name in matrices
+        if matrices[name]["encoding"] != "dense"
+    }
+    assert len(seen["sha256"]) == 14
+
+
+def test_export_is_the_same_every_time(pruned_model: Path, tmp_path: Path) -> None:
+    folders = [export(pruned_model, tmp_path / name, weights="sparse-initializer").path for name in "ab"]
+    for name in sorted(FILES):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("max_positions", [16, 100, 100_000])
+def test_context_is_what_was_asked_for_up_to_the_models_own(
+    max_positions: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    artifact = export(tiny_model, tmp_path / "artifact", parity=True, max_positions=max_positions)
+    longest = min(max_positions, TINY["max_position_embeddings"])
+    genai = json.loads((artifact.path / "genai_config.json").read_text())
+    assert artifact.facts.max_positions == longest
+    assert (genai["model"]["context_length"], genai["search"]["max_length"]) == (longest, longest)
+
+
+@pytest.mark.parametrize("weights", ["dense", "sparse-initializer"])
+def test_genai_generates_the_tokens_of_transformers(weights: str, pruned_model: Path, tmp_path: Path) -> None:
+    """From a copy of the folder, without its manifest: nothing outside of the model's files is needed."""
+    artifact = export(pruned_model, tmp_path / "artifact", weights=weights)
+    copy = Path(shutil.copytree(artifact.path, tmp_path / "copy"))
+    shutil.rmtree(artifact.path)
+    (copy / "owl.json").unlink()
+    prompt = byte_tokenizer()("An owl hunts")["input_ids"]
+    tokens = greedy_tokens(copy, prompt, 40)
+    assert len(tokens) > len(prompt) + 5
+    assert tokens == torch_greedy_tokens(pruned_model, prompt, 40)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_genai_knows_every_family(family: str, tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {**TINY, "initializer_range": 0.15}
+    model: Any = (
+        MistralForCausalLM(MistralConfig(**shape, sliding_window=6))
+        if family == "mistral"
+        else Qwen2ForCausalLM(Qwen2Config(**shape))
+    )
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    artifact = export(tmp_path / "model", tmp_path / "artifact", parity=True)
+    prompt = byte_tokenizer()("An owl hunts")["input_ids"]
+    assert greedy_tokens(artifact.path, prompt, 30) == torch_greedy_tokens(tmp_path / "model", prompt, 30)
+
+
+def test_genai_reads_the_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    import onnxruntime_genai as genai
+
+    artifact = export(tiny_model, tmp_path / "artifact")
+    tokenizer = genai.Tokenizer(genai.Model(str(artifact.path)))
+    text = "An owl, at night: 70 %\n"
+    tokens = tokenizer.encode(text)
+    assert tokens.tolist() == byte_tokenizer()(text)["input_ids"]
+    assert tokenizer.decode(tokens) == text
+
+
+def test_family_without_a_graph_is_refused_by_name(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=260, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    result = call("export", tmp_path / "model", "--out", tmp_path / "artifact", "--quiet")
+    assert result.code == 1
+    assert result.sentence == "no graph for model type 'gpt2' yet: export takes llama, mistral, qwen2"
+    assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
+def test_family_that_only_looks_like_llama_is_refused_by_name(tmp_path: Path) -> None:
+    """Gemma's tensors have the names of Llama's, but its norms and embeddings are scaled otherwise."""
+    GemmaForCausalLM(GemmaConfig(**TINY, head_dim=16)).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match="no graph for model type 'gemma'"):
+        export(tmp_path / "model", tmp_path / "artifact")
+
+
+def test_tensor_without_a_place_in_the_graph_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    name = "model.layers.1.self_attn.q_norm.weight"
+    change_tensors_(model, {name: torch.ones(16)})
+    with pytest.raises(UnsupportedModelError, match=rf"no place in the graph for tensor {name} \(1 in all\)"):
+        export(model, tmp_path / "artifact")
+    assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
+def test_bias_in_some_blocks_only_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    change_tensors_(model, {"model.layers.1.mlp.up_proj.bias": torch.ones(96)})
+    with pytest.raises(UnsupportedModelError, match="no place in the graph"):
+        export(model, tmp_path / "artifact")
+
+
+def test_frequencies_that_old_checkpoints_hold_are_let_be(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    change_tensors_(model, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    assert export(model, tmp_path / "artifact").path.is_dir()
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_checkpoint_without_a_weight_is_refused(name: str, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    change_tensors_(model, {name: None})
+    with pytest.raises(UnsupportedModelError, match=name):
+        export(model, tmp_path / "artifact")
+    assert [item.name for item in tmp_path.iterdir()] == ["model"]
+
+
+def test_existing_folder_is_refused_unless_forced(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    out.mkdir()
+    (out / "mine").write_text("precious")
+    with pytest.raises(OwlDeployError, match="exists already: give another --out, or --force"):
+        export(tiny_model, out)
+    assert (out / "mine").read_text() == "precious"
+    assert {item.name for item in export(tiny_model, out, force=True).path.iterdir()} == FILES
+
+
+def test_failure_while_weights_are_written_leaves_nothing(pruned_model: Path, tmp_path: Path) -> None:
+    settings = ExportSettings(target="deepsparse", weights="sparse-initializer")
+    with pytest.raises(OwlDeployError, match="DeepSparse reads them from nowhere else"):
+        export_onnx(str(pruned_model), settings, out=tmp_path / "artifact", threads=1, inline_limit=1000)
+    assert list(tmp_path.iterdir()) == []
