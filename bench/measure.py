@@ -130,7 +130,7 @@ def measure_artifacts(
     _check_lengths(opened, plan)
     count = resolve_threads(threads)
     watch = MachineWatch.start()
-    qualities = {artifact.name: _quality(artifact, evaluation, reference, count.n, on_step) for artifact in opened}
+    qualities = _qualities(opened, evaluation, reference, count.n, on_step)
     bandwidth = memory_bandwidth(count.n)
     rows: list[dict[str, Any]] = []
     for workload in plan:
@@ -184,14 +184,26 @@ def _check_lengths(artifacts: list[OnnxArtifact], plan: list[Workload]) -> None:
             )
 
 
-def _quality(
-    artifact: OnnxArtifact, settings: EvalSettings, reference: str | None, threads: int, on_step: OnStep
-) -> Evaluation | None:
-    """Return the evaluation of an artifact; None where its engine cannot run it (its rows then say why)."""
+def _qualities(
+    artifacts: list[OnnxArtifact], settings: EvalSettings, reference: str | None, threads: int, on_step: OnStep
+) -> dict[str, Evaluation | None]:
+    """Return the evaluation of each artifact by name; None where its engine cannot run it (its rows then say why)."""
+
+    def together(chosen: list[OnnxArtifact]) -> dict[str, Evaluation | None]:
+        paths = [str(artifact.path) for artifact in chosen]
+        found = evaluate(paths, settings, reference=reference, threads=threads, on_step=on_step)
+        return {artifact.name: evaluation for artifact, evaluation in zip(chosen, found, strict=True)}
+
     try:
-        return evaluate([str(artifact.path)], settings, reference=reference, threads=threads, on_step=on_step)[0]
+        return together(artifacts)  # side by side the reference runs once for all
     except EngineUnavailableError:
-        return None
+        qualities: dict[str, Evaluation | None] = {}
+        for artifact in artifacts:
+            try:
+                qualities |= together([artifact])
+            except EngineUnavailableError:
+                qualities[artifact.name] = None
+        return qualities
 
 
 def _measure_workload(

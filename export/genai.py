@@ -10,17 +10,22 @@ from owl_deploy.text import Encoder
 __all__ = ["genai_config"]
 
 
-def genai_config(decoder: Decoder, encoder: Encoder) -> dict[str, Any]:
+def genai_config(decoder: Decoder, encoder: Encoder, end_tokens: list[int]) -> dict[str, Any]:
     """Return the configuration in the layout of onnxruntime-genai's model builder (0.18).
 
     Sampling is off (greedy) and past and present share one buffer; users override both.
+
+    Args:
+        decoder: shapes and the family's name.
+        encoder: gives the special tokens where the model's generation settings name none.
+        end_tokens: the model's own, perhaps several or none.
     """
-    eos = encoder.eos_token_id if encoder.eos_token_id is not None else 0
+    eos = end_tokens[0] if end_tokens else encoder.eos_token_id or 0
     return {
         "model": {
             "type": decoder.model_type,
             "bos_token_id": encoder.bos_token_id if encoder.bos_token_id is not None else eos,
-            "eos_token_id": eos,
+            "eos_token_id": end_tokens if len(end_tokens) > 1 else eos,
             "pad_token_id": eos,
             "vocab_size": decoder.vocab_size,
             "context_length": decoder.max_positions,

@@ -6,6 +6,7 @@ builder, which holds all that an engine needs. Nothing is timed or served here.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,9 @@ def export_onnx(
             on_step=on_step,
         )
         _copy_tokenizer(checkpoint, folder)
-        write_json(folder / "genai_config.json", genai_config(decoder, Encoder.open(checkpoint.path)))
+        write_json(
+            folder / "genai_config.json", genai_config(decoder, Encoder.open(checkpoint.path), _end_tokens(checkpoint))
+        )
         manifest = _manifest(checkpoint, decoder, settings, matrices, folder)
         write_json(folder / MANIFEST, manifest)
         if parity:
@@ -128,6 +131,14 @@ def _refuse_unused_tensors(checkpoint: Checkpoint, weights: dict[str, WeightSour
         )
 
 
+def _end_tokens(checkpoint: Checkpoint) -> list[int]:
+    """Return the tokens that end a text by the model's own generation settings; instruct models have several."""
+    file = checkpoint.path / "generation_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else checkpoint.config
+    found = named.get("eos_token_id")
+    return [token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int)]
+
+
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (checkpoint.path / name).is_file():
@@ -137,7 +148,6 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 def _manifest(
     checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, matrices: list[StoredMatrix], folder: Path
 ) -> dict[str, Any]:
-    """Return the manifest: what the artifact is, where it comes from, and what each matrix took."""
     n_elements = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     n_nonzeros = sum(matrix.n_nonzeros for matrix in matrices)
     lineage = checkpoint.manifest or {"source": {"model": checkpoint.source, "sha256": checkpoint.fingerprint}}
@@ -157,7 +167,8 @@ def _manifest(
         "bytes_on_disk": folder_bytes(folder),
         "bytes_dense": 4 * n_elements,
         "bytes_per_decode_step": {"dense": dense_bytes, "nonzero": 4 * sum(m.n_nonzeros for m in multiplied)},
-        "sparsity": _sparsity(lineage, n_nonzeros, n_elements),
+        # A dense model's own zeros are not counted: sparsity is what pruning did.
+        "sparsity": lineage.get("sparsity", {"target": 0.0, "linears": 0.0, "model": 0.0}),
         "matrices": [
             {
                 "name": matrix.name,
@@ -175,9 +186,3 @@ def _manifest(
         "checkpoint": lineage,
         "parity": None,
     }
-
-
-def _sparsity(lineage: dict[str, Any], n_nonzeros: int, n_elements: int) -> dict[str, float]:
-    """Return the target and the realised sparsity; `linears` counts what pruning counts."""
-    known = lineage.get("sparsity", {"target": 0.0, "linears": 0.0})
-    return {"target": known["target"], "linears": known["linears"], "model": 1 - n_nonzeros / n_elements}

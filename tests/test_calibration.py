@@ -23,6 +23,12 @@ Policy = Literal["auto", "always", "never"]
 NUMBERS = "".join(f"{i:05d}" for i in range(1000))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tiny matrices: on a busy machine a second thread is mostly waited for."""
+    torch.set_num_threads(1)
+
+
 def sampled(model: Path, calibration: str, *, seed: int = 0, **settings: Any) -> Calibration:
     sizes = {"n_samples": 8, "seq_len": 20, **settings}
     return calibration_tokens(
