@@ -149,7 +149,6 @@ def _manifest(
     checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, matrices: list[StoredMatrix], folder: Path
 ) -> dict[str, Any]:
     n_elements = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
-    n_nonzeros = sum(matrix.n_nonzeros for matrix in matrices)
     lineage = checkpoint.manifest or {"source": {"model": checkpoint.source, "sha256": checkpoint.fingerprint}}
     # An embedding that lies as in the checkpoint is gathered, one row a token; all others are multiplied at every step.
     multiplied = [m for m in matrices if m.name != "model.embed_tokens.weight"]

@@ -118,7 +118,7 @@ def evaluate(
     """
     n_threads = resolve_threads(threads).n
     windows = evaluation_windows(_encoder(models[0], offline=offline), settings)
-    key = _settings_key(windows, reference)
+    key = _settings_key(windows, reference, offline=offline)
     known = [_stored(model, key) for model in models]
     missing = [model for model, evaluation in zip(models, known, strict=True) if evaluation is None]
     computed = _evaluate(missing, windows, reference, n_threads, offline, on_step) if missing else []
@@ -304,14 +304,17 @@ def _encoder(model: str, *, offline: bool) -> Encoder:
     return Encoder.open(open_checkpoint(model, offline=offline).path)
 
 
-def _settings_key(windows: Windows, reference: str | None) -> str:
+def _settings_key(windows: Windows, reference: str | None, *, offline: bool) -> str:
     """Return what a stored evaluation must agree in to be used again."""
-    judged_by = None
-    if reference is not None:
-        manifest = Path(reference) / "owl.json"
-        judged_by = file_sha256(manifest) if manifest.is_file() else reference
+    judged_by: str | dict[str, str] | None = None
+    if reference is not None and is_artifact(Path(reference)):
+        judged_by = file_sha256(Path(reference) / "owl.json")
+    elif reference is not None:
+        from owl_deploy.checkpoint import open_checkpoint
+
+        judged_by = open_checkpoint(reference, offline=offline).fingerprint
     # The hash knows nothing of rows: two windows of 64 tokens hash as one of 128.
-    return json.dumps([windows.tokens.shape, windows.sha256, judged_by])
+    return json.dumps([windows.text, windows.tokens.shape, windows.sha256, judged_by])
 
 
 def _stored(model: str, key: str) -> Evaluation | None:

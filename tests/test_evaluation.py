@@ -218,6 +218,7 @@ def artifact(tmp_path: Path) -> Path:
     folder = tmp_path / "artifact"
     byte_tokenizer().save_pretrained(folder)
     (folder / "model.onnx").touch()
+    (folder / "owl.json").write_text("{}")
     return folder
 
 

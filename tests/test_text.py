@@ -219,7 +219,7 @@ def test_bos_token_is_named_in_the_configuration_as_text_or_as_a_mapping(
 def test_truncation_and_padding_stored_in_the_tokenizer_are_switched_off(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
-    tokenizer.backend_tokenizer.enable_padding(length=8, pad_id=1, pad_token="<eos>")  # noqa: S106  (no password)
+    tokenizer.backend_tokenizer.enable_padding(length=8, pad_id=1, pad_token="<eos>")
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert len(Encoder.open(tmp_path).encode("a long text")) == 11
     assert len(Encoder.open(tmp_path).encode("a")) == 1
