@@ -7,13 +7,16 @@ real text, and whether both continue it by the same tokens, the artifact in its 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from owl_deploy.artifact import OnnxArtifact
-from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines.process import EngineProcess, open_engine
 from owl_deploy.errors import ParityError
 from owl_deploy.evaluation import divergence
@@ -71,28 +74,40 @@ def check_parity(
         EngineUnavailableError: the engine cannot run the artifact at all.
     """
     name, limit = name or artifact.name, artifact.facts.max_positions
-    reference = load_torch_model(checkpoint)
-    text = Encoder.open(checkpoint.path).encode(evaluation_text("python-docs"))[: min(_PREFILL_TOKENS, limit)]
-    expected = _torch_logits(reference, text)
+    expected = _expected(checkpoint.path, tuple(checkpoint.fingerprint.items()), limit)
+    text, prompt, continuation = expected.text, expected.prompt, expected.continuation
     on_step(Step("checking parity", 1, 3, "torch"))
     with open_engine(artifact, threads=threads, n_tokens=len(text), capacity=len(text)) as engine:
         actual = engine.forward(text, 0)
-    parity = _compare_logits(name, artifact.facts.precision, expected, actual)
+    parity = _compare_logits(name, artifact.facts.precision, expected.logits, actual)
     on_step(Step("checking parity", 2, 3, f"logits {parity.relative_logit_difference:.1e}"))
-    prompt = text[: min(_PROMPT_TOKENS, limit // 3)]
-    continuation, _ = greedy_tokens(reference, prompt, min(_GREEDY_TOKENS, limit - len(prompt)))
     with open_engine(artifact, threads=threads, n_tokens=1, capacity=len(prompt) + len(continuation)) as engine:
         _compare_greedy(name, engine, prompt, continuation)
     on_step(Step("checking parity", 3, 3, "greedy tokens"))
     return replace(parity, n_greedy_tokens=len(continuation))
 
 
-def _torch_logits(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    import torch
+@dataclass(frozen=True)
+class _Expected:
+    """What the checkpoint computes."""
 
+    text: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    """Of the text, (n, vocab)."""
+    prompt: NDArray[np.int64]
+    continuation: NDArray[np.int64]
+    """Greedy tokens behind the prompt."""
+
+
+@lru_cache(maxsize=2)  # a recipe exports the same two checkpoints for every engine
+def _expected(path: Path, _fingerprint: tuple[tuple[str, str], ...], limit: int) -> _Expected:
+    """Run a checkpoint in torch, on at most `limit` positions; the fingerprint is there to be compared."""
+    model = load_torch_model(open_checkpoint(str(path)))
+    text = Encoder.open(path).encode(evaluation_text("python-docs"))[: min(_PREFILL_TOKENS, limit)]
     with torch.inference_mode():
-        logits: NDArray[np.float32] = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
-    return logits
+        logits = model(torch.from_numpy(text)[None], use_cache=False).logits[0].float().numpy()
+    prompt = text[: min(_PROMPT_TOKENS, limit // 3)]
+    return _Expected(text, logits, prompt, greedy_tokens(model, prompt, min(_GREEDY_TOKENS, limit - len(prompt))))
 
 
 def _compare_logits(name: str, precision: str, expected: NDArray[np.float32], actual: NDArray[np.float32]) -> Parity:

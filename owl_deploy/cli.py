@@ -154,7 +154,7 @@ def run(recipe: Path, out: Path | None, offline: bool, quiet: bool, as_json: boo
     from owl_deploy.pipeline import run as run_recipe
 
     folder = out or Path("runs") / recipe.stem
-    with TerminalProgress(is_quiet=quiet) as progress:
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
         result = run_recipe(settings, out=folder, offline=offline, on_step=progress, **switches)
     if as_json:
         _print_json(result.to_json())
@@ -222,7 +222,7 @@ def prune(
     _prepare(offline)
     from owl_deploy.pruning import prune as prune_model
 
-    with TerminalProgress(is_quiet=quiet) as progress:
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
         report = prune_model(
             model,
             settings,
@@ -286,7 +286,7 @@ def evaluate(
     _prepare(offline)
     from owl_deploy.evaluation import evaluate as evaluate_models
 
-    with TerminalProgress(is_quiet=quiet) as progress:
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
         results = evaluate_models(
             models, settings, reference=reference, threads=_threads(threads), offline=offline, on_step=progress
         )
@@ -332,7 +332,7 @@ def export(
     _prepare(offline)
     from owl_deploy.export.writer import export_onnx, export_summary
 
-    with TerminalProgress(is_quiet=quiet) as progress:
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
         artifact = export_onnx(
             model,
             settings,
@@ -409,7 +409,10 @@ def bench(
     from owl_deploy.files import new_folder
 
     # Made before measuring, so that a place that cannot be written is known at once.
-    with new_folder(out, replace=force) as folder, TerminalProgress(is_quiet=quiet) as progress:
+    with (
+        new_folder(out, replace=force) as folder,
+        TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress,
+    ):
         measured = measure_artifacts(
             artifacts,
             settings,
@@ -488,30 +491,37 @@ def install(engine: str, python: str | None) -> None:
 
 def main() -> None:
     """Run the command line and exit with its code: see `owl_deploy.errors`."""
-    stopped_by: list[int] = []
-
-    def stop(number: int, _: FrameType | None) -> None:
-        stopped_by.append(number)
-        raise KeyboardInterrupt
-
+    _stopped_by.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
+            signal.signal(number, _stop)
     try:
         sys.exit(cli.main(standalone_mode=False))
     except SystemExit:
         raise
     except BaseException as error:
         # Whatever it is by now: native code of libraries turns an interrupt into errors of its own.
-        if stopped_by:
-            _leave(
-                f"{'interrupted' if stopped_by[0] == signal.SIGINT else 'terminated'}: {_STOPPED}", 128 + stopped_by[0]
-            )
+        if _stopped_by:
+            number = _stopped_by[0]
+            _leave(f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {_STOPPED}", 128 + number)
         _explain(error)
         raise
 
 
+_stopped_by: list[int] = []
+"""Signals that arrived and ask this process to end."""
 _STOPPED = "nothing half-written was left; prune and run continue with --resume"
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    _stopped_by.append(number)
+    raise KeyboardInterrupt
+
+
+def _stop_if_asked() -> None:
+    """Raise again what was lost: Python drops an exception raised inside a destructor."""
+    if _stopped_by:
+        raise KeyboardInterrupt
 
 
 def _explain(error: BaseException) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
 
 import psutil
 
-__all__ = ["available_bytes", "peak_rss_bytes", "reset_peak_rss", "rss_bytes"]
+__all__ = ["available_bytes", "peak_rss_bytes", "release_free_memory", "reset_peak_rss", "rss_bytes"]
 
 
 def reset_peak_rss() -> bool:
@@ -18,6 +20,15 @@ def reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
+
+
+def release_free_memory() -> None:
+    """Give freed memory back to the system (glibc keeps it otherwise, and it would count as ours)."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def peak_rss_bytes() -> int:

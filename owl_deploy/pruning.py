@@ -29,7 +29,7 @@ from owl_deploy.calibration import Calibration, calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import OwlDeployError, RecipeError
 from owl_deploy.files import file_sha256, new_folder, write_bytes, write_json
-from owl_deploy.memory import peak_rss_bytes, reset_peak_rss, rss_bytes
+from owl_deploy.memory import peak_rss_bytes, release_free_memory, reset_peak_rss, rss_bytes
 from owl_deploy.methods import METHODS, Method
 from owl_deploy.methods.wanda import score as wanda_score
 from owl_deploy.progress import OnStep, Step, silent
@@ -109,6 +109,7 @@ def prune(
     method = METHODS[settings.method]
     needs_data = method.new_statistic is not None or settings.allocation == "owl"
     calibration = calibration_tokens(checkpoint, settings, seed=seed, on_step=on_step) if needs_data else None
+    release_free_memory()  # sampling held the whole model
     reset_peak_rss()
     log.info("predicted peak memory: %.2f GiB", predicted_peak_bytes(skeleton, settings) / 2**30)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -27,9 +28,13 @@ _LINE_INTERVAL_S = 20.0
 
 
 class TerminalProgress:
-    """One bar with ETA per stage on a terminal; elsewhere a line now and then. Call it with each Step."""
+    """One bar with ETA per stage on a terminal; elsewhere a line now and then. Call it with each Step.
 
-    def __init__(self, *, is_quiet: bool) -> None:
+    `before_step` is called first at every step, and may raise.
+    """
+
+    def __init__(self, *, is_quiet: bool, before_step: Callable[[], None] = lambda: None) -> None:
+        self._before_step = before_step
         self.console = Console(stderr=True, quiet=is_quiet, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description:<32}"),
@@ -60,6 +65,7 @@ class TerminalProgress:
 
     def __call__(self, step: Step) -> None:
         """Show a step."""
+        self._before_step()
         if self._progress.disable:
             self._line(step)
             return

@@ -604,7 +604,7 @@ SENTENCE = {
 def test_stopped_prune_leaves_only_what_resume_needs(
     tiny_model: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    flags = ("--calibration", "python-docs", "--n-samples", "1000", "--seq-len", "64", "--quiet")
+    flags = ("--calibration", "python-docs", "--n-samples", "200", "--seq-len", "64", "--quiet")
     process = start(tmp_path, "prune", "--model", tiny_model, *flags, "--out", tmp_path / "out")
     done = stop(process, lambda _: (tmp_path / ".out.partial" / "fingerprint.json").exists(), number)
     assert (done.code, done.stdout) == (code, "")
