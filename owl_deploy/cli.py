@@ -502,8 +502,8 @@ def main() -> None:
     except BaseException as error:
         # Whatever it is by now: native code of libraries turns an interrupt into errors of its own.
         if _stopped_by:
-            number = _stopped_by[0]
-            _leave(f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {_STOPPED}", 128 + number)
+            word = "interrupted" if _stopped_by[0] == signal.SIGINT else "terminated"
+            _leave(f"{word}: {_STOPPED}", 128 + _stopped_by[0])
         _explain(error)
         raise
 

@@ -16,10 +16,12 @@ from unittest import mock
 
 from owl_deploy.cli import main
 
-SMALL_PRUNE = ("--calibration", "python-docs", "--n-samples", "4", "--seq-len", "32")
+# This very file is text enough, and tokenised at once.
+TEXT = f"text:{Path(__file__).resolve()}"
+SMALL_PRUNE = ("--calibration", TEXT, "--n-samples", "4", "--seq-len", "32", "--threads", "1")
 SMALL_BENCH = (
     *("--past-len", "8", "--prompt-len", "8", "--rounds", "2", "--decode-samples", "2", "--prefill-samples", "1"),
-    *("--window", "64", "--max-windows", "1"),
+    *("--window", "64", "--max-windows", "1", "--threads", "1"),
 )
 
 
