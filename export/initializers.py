@@ -67,11 +67,12 @@ def write_initializers(
 ) -> list[StoredMatrix]:
     """Add every weight to `model`, write `model.onnx` and, where needed, `model.onnx.data`.
 
-    A sparse matrix is stored as its non-zero values and their flattened, sorted positions:
-    `coo-varint` (int64 as protobuf varints, 1 to 5 bytes each) lies inside model.onnx and passes
-    onnx.checker; past `inline_limit` it is `coo-int32` (`coo-int64` from 2^31 elements on) in the
-    data file, which ONNX Runtime reads and the checker, which wants int64, does not. A matrix
-    stays dense where that is not larger. DeepSparse reads no sparse initializer from a data file.
+    A sparse matrix is stored as its non-zero values and their flattened, sorted positions, in the
+    smallest form that the target reads: `coo-varint` (int64 as protobuf varints, 1 to 5 bytes each;
+    inside model.onnx only; passes onnx.checker) or `coo-int32` (`coo-int64` from 2^31 elements on;
+    int32 is read by both engines and refused by the checker). A matrix stays dense where that is
+    not larger. Past `inline_limit` values and positions go to the data file, from which DeepSparse
+    reads no sparse initializer.
 
     Args:
         model: changed in place.
@@ -91,7 +92,11 @@ def write_initializers(
     plan: dict[str, tuple[Encoding, int]] = {}
     is_external = False
     if is_sparse:
-        plan = {name: _smallest(_read(checkpoint, source), is_external=False) for name, source in weights.items()}
+        # The protobuf that DeepSparse needs is pure Python: parsing 30 M varints took it 70 s, raw bytes 2 s.
+        allows_varint = target == "onnxruntime"
+        plan = {
+            name: _smallest(_read(checkpoint, source), allows_varint=allows_varint) for name, source in weights.items()
+        }
         inline_bytes = sum(size for encoding, size in plan.values() if encoding != "dense")
         is_external = inline_bytes > inline_limit
         if is_external and target == "deepsparse":
@@ -105,7 +110,7 @@ def write_initializers(
         for done, (name, source) in enumerate(weights.items(), start=1):
             array = _read(checkpoint, source)
             encoding, predicted = (
-                _smallest(array, is_external=True) if is_external else plan.get(name, ("dense", array.nbytes))
+                _smallest(array, allows_varint=False) if is_external else plan.get(name, ("dense", array.nbytes))
             )
             if encoding == "dense":
                 model.graph.initializer.append(_tensor(name, array, data))
@@ -132,20 +137,19 @@ def _read(checkpoint: Checkpoint, source: WeightSource) -> NDArray[np.float32]:
     return np.ascontiguousarray(array.T if source.is_transposed else array)
 
 
-def _smallest(array: NDArray[np.float32], *, is_external: bool) -> tuple[Encoding, int]:
+def _smallest(array: NDArray[np.float32], *, allows_varint: bool) -> tuple[Encoding, int]:
     """Return the smallest encoding of a weight and the bytes it will take."""
-    dense: tuple[Encoding, int] = ("dense", array.nbytes)
-    if array.ndim != 2:
-        return dense
-    indices = np.flatnonzero(array)
-    sparse: tuple[Encoding, int]
-    if not is_external:
-        sparse = ("coo-varint", 4 * len(indices) + _varint_bytes(indices))
-    elif array.size < 2**31:
-        sparse = ("coo-int32", 8 * len(indices))
-    else:
-        sparse = ("coo-int64", 12 * len(indices))
-    return sparse if sparse[1] < dense[1] else dense
+    sizes: dict[Encoding, int] = {"dense": array.nbytes}
+    if array.ndim == 2:
+        indices = np.flatnonzero(array)
+        if allows_varint:
+            sizes["coo-varint"] = 4 * len(indices) + _varint_bytes(indices)
+        if array.size < 2**31:
+            sizes["coo-int32"] = 8 * len(indices)
+        else:
+            sizes["coo-int64"] = 12 * len(indices)
+    best = min(sizes, key=lambda encoding: sizes[encoding])  # dense is first: it wins ties
+    return best, sizes[best]
 
 
 def _varint_bytes(indices: NDArray[np.int64]) -> int:

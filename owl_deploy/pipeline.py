@@ -167,8 +167,9 @@ def _report(recipe: Recipe, artifacts: list[Path], path: Path, *, force: bool, o
     wanted = {"recipe": described, "artifacts": {item.name: file_sha256(item / "owl.json") for item in artifacts}}
     if not force and _agrees(path / "report.json", wanted):
         measured: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
-        log.info("reusing the report of %s: --force measures again", measured["created"])
-        return measured
+        if all(row["status"] == "ok" for row in measured["rows"]):
+            log.info("reusing the report of %s: --force measures again", measured["created"])
+            return measured
     measured = measure_artifacts(
         artifacts,
         recipe.bench,

@@ -132,7 +132,7 @@ def assert_stored(folder: Path, arrays: dict[str, Array]) -> None:
     [
         ({"is_sparse": False}, "dense", True),
         ({}, "coo-varint", False),
-        ({"target": "deepsparse"}, "coo-varint", False),
+        ({"target": "deepsparse"}, "coo-int32", False),
         ({"inline_limit": 0}, "coo-int32", True),
     ],
 )
