@@ -7,6 +7,7 @@ In: checkpoints (run by torch) and artifacts (run by their own engine), a text, 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,8 @@ __all__ = [
     "evaluation_windows",
     "open_language_model",
 ]
+
+log = logging.getLogger(__name__)
 
 # Tokens per call of an engine that is compiled for fixed shapes: long enough to multiply at full
 # speed, short enough that the logits (256 x 49152 float32 = 48 MiB) are cheap to hand over.
@@ -333,7 +336,10 @@ def _store(model: str, key: str, evaluation: Evaluation) -> None:
     if not is_artifact(Path(model)):
         return
     file = Path(model) / "evaluations.json"
-    write_json(file, {**_read_evaluations(file), key: evaluation.to_json()})
+    try:
+        write_json(file, {**_read_evaluations(file), key: evaluation.to_json()})
+    except OwlDeployError as error:  # a read-only volume, say: the result is there all the same
+        log.warning("the evaluation is not kept for next time: %s", error)
 
 
 def _read_evaluations(file: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from owl_deploy.errors import OwlDeployError
 
 __all__ = ["file_sha256", "folder_bytes", "new_folder", "write_bytes", "write_json"]
@@ -28,6 +30,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         OwlDeployError: `path` exists and `replace` is off, or the disk is full.
     """
+    _clear_up(path)
     if path.exists() and not replace:
         raise OwlDeployError(f"{path} exists already: give another --out, or --force to replace it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,6 +43,23 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _clear_up(path: Path) -> None:
+    """Remove what a killed process left beside `path`; put back a folder that it had only set aside."""
+    if not path.parent.is_dir():
+        return
+    for item in path.parent.iterdir():
+        start, _, kind = item.name.rpartition(".")
+        name, _, pid = start.rpartition(".")
+        if name != f".{path.name}" or kind not in ("tmp", "old") or not pid.isdecimal() or psutil.pid_exists(int(pid)):
+            continue
+        if kind == "old" and not path.exists():
+            item.rename(path)
+        elif item.is_dir():
+            shutil.rmtree(item, ignore_errors=True)
+        else:
+            item.unlink(missing_ok=True)
 
 
 def _swap(temporary: Path, path: Path) -> None:

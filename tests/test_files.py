@@ -172,3 +172,15 @@ def test_folder_bytes_counts_the_files_directly_inside(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "c").write_bytes(b"56")
     assert folder_bytes(tmp_path) == 4
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_what_it_set_aside_comes_back(tmp_path: Path) -> None:
+    gone = 2**22 + 1  # beyond the largest process number of Linux
+    for name in (f".out.{gone}.tmp", f".out.{gone}.old", f".out.{os.getpid()}.old", f".other.{gone}.tmp"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".out.{gone}.old" / "kept").touch()
+    with pytest.raises(OwlDeployError, match="exists already"), new_folder(tmp_path / "out"):
+        pass
+    names = {item.name for item in tmp_path.iterdir()}
+    assert names == {"out", f".out.{os.getpid()}.old", f".other.{gone}.tmp"}
+    assert (tmp_path / "out" / "kept").exists()
