@@ -196,3 +196,9 @@ def test_bench_goes_on_behind_a_broken_baseline(artifact: OnnxArtifact, exported
     assert [row["status"] for row in rows] == ["failed", "ok"] * 2
     assert all(row["speedup"] is None for row in rows)
     assert all(row["ms"] is not None for row in rows if row["status"] == "ok")
+
+
+def test_peak_memory_is_the_worker_s_own_whatever_its_parent_held() -> None:
+    held = np.ones(1 << 28, dtype=np.uint8)  # a child process begins with its parent's ru_maxrss
+    with open_worker("onnxruntime") as worker:
+        assert 1 << 20 < worker.peak_rss_bytes() < held.nbytes
