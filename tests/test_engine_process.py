@@ -202,3 +202,12 @@ def test_peak_memory_is_the_worker_s_own_whatever_its_parent_held() -> None:
     held = np.ones(1 << 28, dtype=np.uint8)  # a child process begins with its parent's ru_maxrss
     with open_worker("onnxruntime") as worker:
         assert 1 << 20 < worker.peak_rss_bytes() < held.nbytes
+
+
+def test_onnxruntime_is_started_without_telemetry(
+    artifact: OnnxArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where its telemetry keeps a session file, .ses, once it is imported
+    with open_engine(artifact, threads=1, n_tokens=1, capacity=8) as engine:
+        engine.forward(np.asarray([5]), 0)
+        assert not (tmp_path / ".ses").exists()

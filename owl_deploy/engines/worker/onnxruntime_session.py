@@ -1,8 +1,11 @@
 """A decoder in ONNX Runtime, its KV cache in one buffer that past and present share."""
 
 import json
+import os
 import time
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported; on by default in 1.31
 
 import numpy as np
 import onnxruntime
