@@ -7,14 +7,15 @@ imported by the command that needs them, so that --help answers at once.
 from __future__ import annotations
 
 import errno
-import json
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -30,6 +31,7 @@ from owl_deploy.recipe import (
     load_recipe,
     recipe_from_mapping,
 )
+from owl_deploy.results import print_artifact, print_evaluation, print_json, print_report, print_sparsity
 from owl_deploy.terminal import TerminalProgress
 
 __all__ = ["main"]
@@ -62,23 +64,42 @@ def _settings(kind: type[SettingsT], flags: dict[str, Any]) -> SettingsT:
     )
 
 
-def _common_options(command: Command) -> Command:
-    """Add the flags that every long-running command has."""
-    for option in reversed(
-        [
-            click.option(
-                "--threads",
-                default="auto",
-                show_default=True,
-                help="Threads: auto (affinity and cgroup quota) or a number.",
-            ),
-            click.option("--offline", is_flag=True, help="Never ask a model hub."),
-            click.option("--quiet", is_flag=True, help="No progress on stderr."),
-            click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout."),
-        ]
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True)
+class _Common:
+    """The flags that every long-running command has."""
+
+    threads: int | Literal["auto"]
+    offline: bool
+    quiet: bool
+    as_json: bool
+
+    def progress(self) -> TerminalProgress:
+        """Return what shows the steps of the command."""
+        return TerminalProgress(is_quiet=self.quiet, before_step=_stop_if_asked)
+
+
+def _common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the common flags, and hand them over as one value."""
+
+    @functools.wraps(command)
+    def wrapped(*, threads: str, offline: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
+        _prepare(offline)
+        command(common=_Common(_threads(threads), offline, quiet, as_json), **flags)
+
+    options = (
+        click.option(
+            "--threads",
+            default="auto",
+            show_default=True,
+            help="Threads: auto (affinity and cgroup quota) or a number.",
+        ),
+        click.option("--offline", is_flag=True, help="Never ask a model hub."),
+        click.option("--quiet", is_flag=True, help="No progress on stderr."),
+        click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout."),
+    )
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 _seed = click.option(
@@ -105,10 +126,6 @@ def _prepare(offline: bool) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -157,9 +174,9 @@ def run(recipe: Path, out: Path | None, offline: bool, quiet: bool, as_json: boo
     with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
         result = run_recipe(settings, out=folder, offline=offline, on_step=progress, **switches)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     elif result.measured is not None and result.report is not None:
-        _print_report(result.measured, result.report)
+        print_report(result.measured, result.report)
     else:
         click.echo("\n".join(str(path) for path in (result.checkpoint, *result.artifacts)))
     if result.measured is not None and result.report is not None:
@@ -177,20 +194,6 @@ def _overridden(recipe: Any, flags: dict[str, Any], where: str) -> Any:
     return recipe_from_mapping({**mapping, **given}, where=where)
 
 
-def _print_report(measured: dict[str, Any], folder: Path) -> None:
-    """Print the table of a result, its verdict, and where the page is."""
-    from rich.console import Console
-
-    from owl_deploy.bench.report import terminal_table
-    from owl_deploy.bench.verdict import verdict
-
-    # Pipes and files get 100 columns; a terminal gets its own width up to that.
-    console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
-    console.print(terminal_table(measured))
-    console.print(verdict(measured), markup=False, highlight=False)
-    console.print(f"Report: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
-
-
 @cli.command()
 @click.option("--model", required=True, help="Local folder, .gguf file, hub id, or demo:smollm2-135m.")
 @_settings_options(PruneSettings)
@@ -205,10 +208,7 @@ def prune(
     seed: int,
     resume: bool,
     force: bool,
-    threads: str,
-    offline: bool,
-    quiet: bool,
-    as_json: bool,
+    common: _Common,
     **flags: Any,
 ) -> None:
     """Prune a model: write a sparse checkpoint, one decoder block at a time.
@@ -219,47 +219,24 @@ def prune(
         --n-samples 16 --seq-len 512 --out sparse
     """
     settings = _settings(PruneSettings, flags)
-    _prepare(offline)
     from owl_deploy.pruning import prune as prune_model
 
-    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
+    with common.progress() as progress:
         report = prune_model(
             model,
             settings,
             out=out,
             seed=seed,
-            threads=_threads(threads),
+            threads=common.threads,
             resume=resume,
             force=force,
-            offline=offline,
+            offline=common.offline,
             on_step=progress,
         )
-    if as_json:
-        _print_json(report.to_json())
+    if common.as_json:
+        print_json(report.to_json())
     else:
-        _print_sparsity(report.to_json())
-
-
-def _print_sparsity(facts: dict[str, Any]) -> None:
-    """Print a table of the blocks and the totals."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "block", "sparsity asked", "realised", "outlier ratio", title=f"{facts['method']}, {facts['allocation']}"
-    )
-    for block in facts["blocks"]:
-        ratio = f"{block['outlier_ratio']:.4f}" if "outlier_ratio" in block else ""
-        table.add_row(str(block["index"]), f"{block['sparsity']:.4f}", f"{block['realised']:.4f}", ratio)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table)
-    sparsity = facts["sparsity"]
-    click.echo(
-        f"Sparsity {sparsity['linears']:.4f} of the linears (target {sparsity['target']:g}), "
-        f"{sparsity['model']:.4f} of the model"
-    )
-    click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
-    click.echo(f"Checkpoint: {facts['checkpoint']}")
+        print_sparsity(report.to_json())
 
 
 @cli.command("eval")
@@ -270,10 +247,7 @@ def _print_sparsity(facts: dict[str, Any]) -> None:
 def evaluate(
     models: tuple[str, ...],
     reference: str | None,
-    threads: str,
-    offline: bool,
-    quiet: bool,
-    as_json: bool,
+    common: _Common,
     **flags: Any,
 ) -> None:
     """Measure the perplexity of checkpoints (in torch) or artifacts (in their own engine).
@@ -283,25 +257,18 @@ def evaluate(
       owl-deploy eval sparse --text python-docs --reference demo:smollm2-135m --max-windows 2
     """
     settings = _settings(EvalSettings, flags)
-    _prepare(offline)
     from owl_deploy.evaluation import evaluate as evaluate_models
 
-    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
+    with common.progress() as progress:
         results = evaluate_models(
-            models, settings, reference=reference, threads=_threads(threads), offline=offline, on_step=progress
+            models, settings, reference=reference, threads=common.threads, offline=common.offline, on_step=progress
         )
-    if as_json:
+    if common.as_json:
         documents = [{"model": model, **result.to_json()} for model, result in zip(models, results, strict=True)]
-        _print_json(documents[0] if len(documents) == 1 else {"evaluations": documents})
+        print_json(documents[0] if len(documents) == 1 else {"evaluations": documents})
         return
     for model, result in zip(models, results, strict=True):
-        bos = "starts with BOS" if result.starts_with_bos else "no BOS"
-        click.echo(f"{model} ({result.engine})")
-        click.echo(f"  perplexity {result.perplexity:.4f}")
-        click.echo(f"  on {result.text}, {result.n_windows} windows of {result.window} tokens, {bos}")
-        if result.kl_divergence is not None:
-            click.echo(f"  against {result.reference}: KL divergence {result.kl_divergence:.5f} nats,")
-            click.echo(f"  same most likely token at {result.top1_agreement:.2%} of positions")
+        print_evaluation(model, result.to_json())
 
 
 @cli.command()
@@ -316,10 +283,7 @@ def export(
     out: Path,
     no_parity: bool,
     force: bool,
-    threads: str,
-    offline: bool,
-    quiet: bool,
-    as_json: bool,
+    common: _Common,
     **flags: Any,
 ) -> None:
     """Export a checkpoint (or any model) as an ONNX artifact for one engine, and check it.
@@ -329,48 +293,24 @@ def export(
       owl-deploy export sparse --target onnxruntime --weights sparse-initializer --out artifact
     """
     settings = _settings(ExportSettings, flags)
-    _prepare(offline)
     from owl_deploy.export.writer import export_onnx, export_summary
 
-    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
+    with common.progress() as progress:
         artifact = export_onnx(
             model,
             settings,
             out=out,
-            threads=_threads(threads),
+            threads=common.threads,
             force=force,
-            offline=offline,
+            offline=common.offline,
             parity=not no_parity,
             on_step=progress,
         )
     summary = export_summary(artifact)
-    if as_json:
-        _print_json(summary)
+    if common.as_json:
+        print_json(summary)
     else:
-        _print_artifact(summary)
-
-
-def _print_artifact(summary: dict[str, Any]) -> None:
-    """Print what each kind of matrix took, and the totals."""
-    for matrix in summary["matrices"]:
-        if matrix["encoding"] != "dense":
-            shape = "x".join(map(str, matrix["shape"]))
-            click.echo(
-                f"{matrix['name']} {shape} sparsity {matrix['sparsity']:.3f}: {matrix['encoding']}, "
-                f"predicted {matrix['predicted_bytes']} bytes, took {matrix['bytes']}"
-            )
-    n_dense = sum(matrix["encoding"] == "dense" for matrix in summary["matrices"])
-    click.echo(f"{n_dense} of {len(summary['matrices'])} matrices are dense")
-    click.echo(
-        f"{summary['bytes_on_disk'] / 1e6:.1f} MB on disk, {summary['bytes_dense'] / 1e6:.1f} MB as dense float32"
-    )
-    if summary["parity"]:
-        parity = summary["parity"]
-        click.echo(
-            f"Parity: logits within {parity['relative_logit_difference']:.1e} (relative), "
-            f"{parity['n_greedy_tokens']} greedy tokens equal, KL divergence {parity['kl_divergence']:.1e}"
-        )
-    click.echo(f"Artifact: {summary['artifact']}")
+        print_artifact(summary)
 
 
 @cli.command()
@@ -390,10 +330,7 @@ def bench(
     out: Path,
     seed: int,
     force: bool,
-    threads: str,
-    offline: bool,
-    quiet: bool,
-    as_json: bool,
+    common: _Common,
     **flags: Any,
 ) -> None:
     """Measure latency and quality of artifacts in their engines, and write a report.
@@ -403,7 +340,6 @@ def bench(
       owl-deploy bench dense sparse --baseline dense --max-windows 2 --out report
     """
     settings, evaluation = _settings(BenchSettings, flags), _settings(EvalSettings, flags)
-    _prepare(offline)
     from owl_deploy.bench.measure import measure_artifacts
     from owl_deploy.bench.report import write_report
     from owl_deploy.files import new_folder
@@ -411,7 +347,7 @@ def bench(
     # Made before measuring, so that a place that cannot be written is known at once.
     with (
         new_folder(out, replace=force) as folder,
-        TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress,
+        common.progress() as progress,
     ):
         measured = measure_artifacts(
             artifacts,
@@ -419,15 +355,15 @@ def bench(
             baseline=baseline,
             evaluation=evaluation,
             reference=reference,
-            threads=_threads(threads),
+            threads=common.threads,
             seed=seed,
             on_step=progress,
         )
         write_report(measured, folder)
-    if as_json:
-        _print_json({"report": str(out), **measured})
+    if common.as_json:
+        print_json({"report": str(out), **measured})
     else:
-        _print_report(measured, out)
+        print_report(measured, out)
     _exit_if_failed(measured, out)
 
 
@@ -457,14 +393,12 @@ def list_engines(as_json: bool) -> None:
     Example:
       owl-deploy engines list --json
     """
-    from dataclasses import asdict
-
     from owl_deploy.engines.bridge import bridge_status
     from owl_deploy.engines.status import onnxruntime_status
 
     found = [onnxruntime_status(), bridge_status()]
     if as_json:
-        _print_json({"engines": [asdict(status) for status in found]})
+        print_json({"engines": [asdict(status) for status in found]})
         return
     for status in found:
         state = status.version if status.is_available else f"unavailable: {status.reason}"
@@ -549,5 +483,5 @@ def _leave(message: str, code: int, *, is_shown: bool = False) -> None:
     if not is_shown:
         click.echo(f"owl-deploy: {message}", err=True)
     if "--json" in sys.argv:
-        _print_json({"error": message, "exit_code": code})
+        print_json({"error": message, "exit_code": code})
     sys.exit(code)

@@ -10,6 +10,7 @@ output folder; a run that was stopped continues behind its last shard.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -109,7 +110,8 @@ def prune(
     method = METHODS[settings.method]
     needs_data = method.new_statistic is not None or settings.allocation == "owl"
     calibration = calibration_tokens(checkpoint, settings, seed=seed, on_step=on_step) if needs_data else None
-    release_free_memory()  # sampling held the whole model
+    gc.collect()  # sampling held the whole model
+    release_free_memory()
     reset_peak_rss()
     log.info("predicted peak memory: %.2f GiB", predicted_peak_bytes(skeleton, settings) / 2**30)
 
@@ -119,12 +121,14 @@ def prune(
     sparsities = _allocate(settings, skeleton.n_weights(), ratios)
     _prune_blocks(skeleton, method, calibration, sparsities, work, on_step)
     facts = _facts(skeleton, settings, calibration, seed, ratios, sparsities, work)
+    skeleton.model.to("meta")  # what is left of it, the embedding, is read anew for the final file
+    release_free_memory()
     totals = _finish(skeleton, work, out, facts, started)
     return SparsityReport(out, facts, totals["seconds"], totals["peak_rss_bytes"])
 
 
 def predicted_peak_bytes(skeleton: Skeleton, settings: PruneSettings) -> int:
-    """Predict peak resident memory in bytes: what is held now, embeddings, two blocks and activations."""
+    """Predict peak resident memory in bytes: what is held now, and the larger of pruning and finishing."""
     outside = sum(
         p.numel() for name, p in skeleton.model.named_parameters() if not name.startswith(f"{skeleton.prefix}.")
     )
@@ -135,11 +139,12 @@ def predicted_peak_bytes(skeleton: Skeleton, settings: PruneSettings) -> int:
     hidden: int = skeleton.model.config.hidden_size
     widest: int = max(linear.out_features for linear in skeleton.linears(0).values())
     activations = settings.n_samples * settings.seq_len * hidden + 8 * settings.seq_len * widest
-    # The embedding is held by the model, and while a shard is written once more as read and once as
-    # serialised; a block likewise. Selection holds the score (4 bytes), its sorted copy (4), the
-    # order (8) and the mask (1) of one matrix.
-    held: int = rss_bytes() + 4 * (3 * outside + 3 * max(blocks) + activations) + 17 * largest_linear
-    return held
+    # A block is held by the model, as read and as serialised; what lies outside the blocks as read and
+    # by the model, and at the end as read and two to three times by the serialiser. Selection holds the
+    # score (4 bytes), its sorted copy (4), the order (8) and the mask (1) of one matrix.
+    while_pruning: int = 4 * (2 * outside + 3 * max(blocks) + activations) + 17 * largest_linear
+    while_finishing: int = 4 * 4 * outside
+    return rss_bytes() + max(while_pruning, while_finishing)
 
 
 def prune_versions() -> dict[str, str]:

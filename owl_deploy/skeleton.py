@@ -19,6 +19,7 @@ from torch import nn
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.memory import release_free_memory
 
 __all__ = ["BlockInputs", "Skeleton", "open_skeleton"]
 
@@ -99,6 +100,7 @@ class Skeleton:
         finally:
             for parameter in names:
                 set_module_tensor_to_device(block, parameter.removeprefix(prefix), "meta")
+            release_free_memory()
 
     @staticmethod
     def fill_(module: nn.Module, name: str, value: torch.Tensor) -> None:
