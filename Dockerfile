@@ -1,8 +1,8 @@
-# The image that evaluates, benches and serves exported artifacts: no torch, no compiler, not root.
+# The image that evaluates and benches exported artifacts: no torch, no compiler, not root.
 #
 #   docker build -t owl-deploy .
 #   docker run --rm -v "$PWD/artifact:/models/artifact:ro" -v "$PWD/report:/work/report" owl-deploy \
-#       bench /models/artifact --out report/run          # report/ must be writable for uid 10001
+#       bench /models/artifact --baseline artifact --out report/run   # report/: writable for uid 10001
 #
 # Build arguments: BASE, any Debian-like image with python3 >= 3.10, its venv module and useradd;
 # EXTRAS, extras of the wheel ("serve", "prune,serve"); VERSION and REVISION, for the labels.
@@ -33,7 +33,7 @@ FROM ${BASE} AS runtime
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="owl-deploy" \
-      org.opencontainers.image.description="Evaluates, benches and serves sparse language models on a CPU." \
+      org.opencontainers.image.description="Evaluates and benches sparse language models on a CPU." \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"

@@ -64,9 +64,9 @@ class MachineWatch:
     times_before: Any
 
     @classmethod
-    def start(cls) -> MachineWatch:
-        """Begin to watch."""
-        return cls(os.getloadavg()[0], psutil.cpu_times())
+    def start(cls, load_before: float | None = None) -> MachineWatch:
+        """Begin to watch; `load_before` is given where this process has itself been busy until now."""
+        return cls(os.getloadavg()[0] if load_before is None else load_before, psutil.cpu_times())
 
     def facts(self) -> dict[str, Any]:
         """Return load averages and the share of CPU time that the hypervisor took since the start."""

@@ -102,6 +102,7 @@ def measure_artifacts(
     threads: int | Literal["auto"] = "auto",
     seed: int = 0,
     recipe: dict[str, Any] | None = None,
+    load_before: float | None = None,
     on_step: OnStep = silent,
 ) -> dict[str, Any]:
     """Measure quality and latency of artifacts, each in its own engine.
@@ -115,6 +116,7 @@ def measure_artifacts(
         threads: of every engine.
         seed: of the tokens that are run and of the bootstrap.
         recipe: kept in the result, where a recipe asked for this.
+        load_before: load average before earlier stages of this run; read now when not given.
         on_step: told of every evaluation window and every round.
 
     Returns:
@@ -129,7 +131,7 @@ def measure_artifacts(
     plan = workloads(settings)
     _check_lengths(opened, plan)
     count = resolve_threads(threads)
-    watch = MachineWatch.start()
+    watch = MachineWatch.start(load_before)
     qualities = _qualities(opened, evaluation, reference, count.n, on_step)
     bandwidth = memory_bandwidth(count.n)
     rows: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def run(
     Raises:
         OwlDeployError: and its subclasses; stages that had finished keep their results.
     """
+    load_before = os.getloadavg()[0]
     source = open_checkpoint(recipe.model, offline=offline)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = _pruned(
@@ -83,7 +85,7 @@ def run(
         )
     if recipe.bench is None:
         return RunResult(checkpoint, artifacts, None, None)
-    measured = _report(recipe, artifacts, out / "report", force=force, on_step=on_step)
+    measured = _report(recipe, artifacts, out / "report", load_before=load_before, force=force, on_step=on_step)
     return RunResult(checkpoint, artifacts, out / "report", measured)
 
 
@@ -160,7 +162,9 @@ def _log_artifact(artifact: OnnxArtifact) -> None:
     )
 
 
-def _report(recipe: Recipe, artifacts: list[Path], path: Path, *, force: bool, on_step: OnStep) -> dict[str, Any]:
+def _report(
+    recipe: Recipe, artifacts: list[Path], path: Path, *, load_before: float, force: bool, on_step: OnStep
+) -> dict[str, Any]:
     """Return the measured result, measuring first where it is not there."""
     assert recipe.bench is not None
     described = recipe.model_dump(mode="json")
@@ -179,6 +183,7 @@ def _report(recipe: Recipe, artifacts: list[Path], path: Path, *, force: bool, o
         threads=recipe.threads,
         seed=recipe.seed,
         recipe=described,
+        load_before=load_before,
         on_step=on_step,
     )
     write_report(measured, path)
