@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from owl_deploy.artifact import open_artifact
-    from owl_deploy.bench.measure import measure_artifacts
-    from owl_deploy.bench.report import write_report
+    from owl_deploy.bench.run import run_bench
     from owl_deploy.checkpoint import open_checkpoint
     from owl_deploy.engines.bridge import install_bridge
     from owl_deploy.evaluation import evaluate
@@ -26,12 +25,11 @@ __all__ = [
     "export_onnx",
     "install_bridge",
     "load_recipe",
-    "measure_artifacts",
     "open_artifact",
     "open_checkpoint",
     "prune",
     "run",
-    "write_report",
+    "run_bench",
 ]
 
 _HOMES = {
@@ -39,12 +37,11 @@ _HOMES = {
     "export_onnx": "owl_deploy.export.writer",
     "install_bridge": "owl_deploy.engines.bridge",
     "load_recipe": "owl_deploy.recipe",
-    "measure_artifacts": "owl_deploy.bench.measure",
     "open_artifact": "owl_deploy.artifact",
     "open_checkpoint": "owl_deploy.checkpoint",
     "prune": "owl_deploy.pruning",
     "run": "owl_deploy.pipeline",
-    "write_report": "owl_deploy.bench.report",
+    "run_bench": "owl_deploy.bench.run",
 }
 
 

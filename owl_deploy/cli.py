@@ -340,18 +340,14 @@ def bench(
       owl-deploy bench dense sparse --baseline dense --max-windows 2 --out report
     """
     settings, evaluation = _settings(BenchSettings, flags), _settings(EvalSettings, flags)
-    from owl_deploy.bench.measure import measure_artifacts
-    from owl_deploy.bench.report import write_report
-    from owl_deploy.files import new_folder
+    from owl_deploy.bench.run import run_bench
 
-    # Made before measuring, so that a place that cannot be written is known at once.
-    with (
-        new_folder(out, replace=force) as folder,
-        common.progress() as progress,
-    ):
-        measured = measure_artifacts(
+    with common.progress() as progress:
+        measured = run_bench(
             artifacts,
-            settings,
+            out=out,
+            force=force,
+            settings=settings,
             baseline=baseline,
             evaluation=evaluation,
             reference=reference,
@@ -359,7 +355,6 @@ def bench(
             seed=seed,
             on_step=progress,
         )
-        write_report(measured, folder)
     if common.as_json:
         print_json({"report": str(out), **measured})
     else:

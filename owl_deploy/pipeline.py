@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from owl_deploy.artifact import OnnxArtifact, is_artifact, open_artifact
-from owl_deploy.bench.measure import measure_artifacts
-from owl_deploy.bench.report import write_report
+from owl_deploy.bench.run import run_bench
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.export.writer import export_onnx, export_versions
 from owl_deploy.files import file_sha256
@@ -174,9 +173,11 @@ def _report(
         if all(row["status"] == "ok" for row in measured["rows"]):
             log.info("reusing the report of %s: --force measures again", measured["created"])
             return measured
-    measured = measure_artifacts(
+    return run_bench(
         artifacts,
-        recipe.bench,
+        out=path,
+        force=True,
+        settings=recipe.bench,
         baseline=recipe.bench.baseline,
         evaluation=recipe.eval,
         reference=recipe.model,
@@ -186,8 +187,6 @@ def _report(
         load_before=load_before,
         on_step=on_step,
     )
-    write_report(measured, path)
-    return measured
 
 
 def _agrees(file: Path, wanted: dict[str, Any]) -> bool:

@@ -1,0 +1,34 @@
+"""The bench stage as one call: artifacts go in, a report folder comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from owl_deploy.bench.measure import measure_artifacts
+from owl_deploy.bench.report import write_report
+from owl_deploy.files import new_folder
+
+__all__ = ["run_bench"]
+
+
+def run_bench(artifacts: Sequence[Path], *, out: Path, force: bool = False, **measuring: Any) -> dict[str, Any]:
+    """Measure artifacts and write `report.json`, `report.md` and `report.html`.
+
+    Args:
+        artifacts: folders; their names must differ.
+        out: folder of the report. A place that cannot be written is known before anything is measured.
+        force: replace `out` if it exists.
+        measuring: settings, baseline and the other arguments of `measure_artifacts`.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        OwlDeployError: and its subclasses; nothing half-written is left at `out`.
+    """
+    with new_folder(out, replace=force) as folder:
+        measured = measure_artifacts(artifacts, **measuring)
+        write_report(measured, folder)
+    return measured
