@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from owl_deploy.artifact import OnnxArtifact
@@ -20,7 +19,7 @@ from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines.process import EngineProcess, open_engine
 from owl_deploy.errors import ParityError
 from owl_deploy.evaluation import divergence
-from owl_deploy.generation import greedy_tokens, load_torch_model
+from owl_deploy.generation import greedy_tokens, load_torch_model, torch_logits
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.text import Encoder, evaluation_text
 
@@ -104,8 +103,7 @@ def _expected(path: Path, _fingerprint: tuple[tuple[str, str], ...], limit: int)
     """Run a checkpoint in torch, on at most `limit` positions; the fingerprint is there to be compared."""
     model = load_torch_model(open_checkpoint(str(path)))
     text = Encoder.open(path).encode(evaluation_text("python-docs"))[: min(_PREFILL_TOKENS, limit)]
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(text)[None], use_cache=False).logits[0].float().numpy()
+    logits = torch_logits(model, text)
     prompt = text[: min(_PROMPT_TOKENS, limit // 3)]
     return _Expected(text, logits, prompt, greedy_tokens(model, prompt, min(_GREEDY_TOKENS, limit - len(prompt))))
 

@@ -6,7 +6,6 @@ builder, which holds all that an engine needs. Nothing is timed or served here.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,9 +132,8 @@ def _refuse_unused_tensors(checkpoint: Checkpoint, weights: dict[str, WeightSour
 
 def _end_tokens(checkpoint: Checkpoint) -> list[int]:
     """Return the tokens that end a text by the model's own generation settings; instruct models have several."""
-    file = checkpoint.path / "generation_config.json"
-    named = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else checkpoint.config
-    found = named.get("eos_token_id")
+    named = checkpoint.generation_config
+    found = (checkpoint.config if named is None else named).get("eos_token_id")
     return [token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int)]
 
 

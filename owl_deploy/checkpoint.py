@@ -58,6 +58,12 @@ class Checkpoint:
         return _read_json(self.path / "config.json")
 
     @cached_property
+    def generation_config(self) -> dict[str, Any] | None:
+        """The content of generation_config.json where there is one."""
+        path = self.path / "generation_config.json"
+        return _read_json(path) if path.exists() else None
+
+    @cached_property
     def manifest(self) -> dict[str, Any] | None:
         """The content of owl.json where this is a checkpoint of ours, else None."""
         path = self.path / "owl.json"
@@ -180,9 +186,8 @@ def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
         pickles = sorted(item.name for pattern in _PICKLES for item in path.glob(pattern))
         if pickles:
             raise UnsupportedModelError(
-                f"{path} holds only pickle weights ({pickles[0]}), which can run code when loaded: convert "
-                "them where you "
-                "trust them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., "
+                f"{path} holds only pickle weights ({pickles[0]}), which can run code when loaded: convert them where "
+                "you trust them with AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., "
                 "safe_serialization=True)"
             )
         raise UnsupportedModelError(f"{path} holds no .safetensors weights")

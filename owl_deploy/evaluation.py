@@ -276,13 +276,9 @@ class _TorchModel:
         self.model = model
 
     def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        import torch
+        from owl_deploy.generation import torch_logits
 
-        with torch.inference_mode():
-            output: NDArray[np.float32] = (
-                self.model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
-            )
-        return output
+        return torch_logits(self.model, tokens)
 
 
 class _EngineModel:

@@ -16,7 +16,7 @@ from owl_deploy.errors import OwlDeployError
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.skeleton import open_skeleton
 
-__all__ = ["greedy_tokens", "load_torch_model", "sample_tokens"]
+__all__ = ["greedy_tokens", "load_torch_model", "sample_tokens", "torch_logits"]
 
 # Sequences sampled side by side: enough to keep the cores busy, and 200 MiB of cache per 512 tokens of SmolLM2.
 _BATCH = 32
@@ -78,6 +78,13 @@ def sample_tokens(
         done += seq_len
         rows.append(torch.cat(columns, dim=1))
     return torch.cat(rows).numpy().astype(np.int64)
+
+
+@torch.inference_mode()
+def torch_logits(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the logits (n, vocab) float32 of tokens (n,), each seeing those before it."""
+    logits: NDArray[np.float32] = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+    return logits
 
 
 @torch.inference_mode()

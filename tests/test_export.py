@@ -334,3 +334,11 @@ def test_failure_while_weights_are_written_leaves_nothing(pruned_model: Path, tm
     with pytest.raises(OwlDeployError, match="DeepSparse reads them from nowhere else"):
         export_onnx(str(pruned_model), settings, out=tmp_path / "artifact", threads=1, inline_limit=1000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_generation_settings_are_one_clear_error(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(OwlDeployError, match=r"cannot read .*generation_config\.json"):
+        export_onnx(str(model), out=tmp_path / "artifact", threads=1, parity=False)
+    assert not (tmp_path / "artifact").exists()
