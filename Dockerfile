@@ -4,15 +4,18 @@
 #   docker run --rm -v "$PWD/artifact:/models/artifact:ro" -v "$PWD/report:/work/report" owl-deploy \
 #       bench /models/artifact --baseline artifact --out report/run   # report/: writable for uid 10001
 #
-# Build arguments: BASE, any Debian-like image with python3 >= 3.10, its venv module and useradd;
-# EXTRAS, extras of the wheel ("serve", "prune,serve"); VERSION and REVISION, for the labels.
+# Build arguments: BASE, any Debian-like image with python3 >= 3.10, its venv module and useradd; BUILD_BASE, the same
+# with g++ for the builder (default: BASE; g++ is then installed from Debian's packages if it is missing); EXTRAS, extras of the wheel ("serve", "prune,serve"); VERSION and REVISION, for the labels.
 # Where packages come from a private index, hand pip's settings in as a secret, which no layer keeps:
 #   docker build --secret id=pip_conf,src=pip.conf -t owl-deploy .
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
+ARG BUILD_BASE=${BASE}
 
-FROM ${BASE} AS builder
+FROM ${BUILD_BASE} AS builder
 ARG EXTRAS=""
 WORKDIR /src
+RUN command -v g++ > /dev/null \
+    || (apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*)
 COPY pyproject.toml README.md LICENSE ./
 # owl_deploy/{export,bench,recipes} are symlinks to ../export, ../bench and ../recipes: all four or none.
 COPY owl_deploy ./owl_deploy

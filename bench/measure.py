@@ -329,8 +329,9 @@ def _bytes_per_step(artifact: OnnxArtifact, workload: Workload) -> int | None:
     """Return the bytes that a decode step must read; None for prefill, which computation bounds."""
     if workload.phase != "decode":
         return None
+    step_bytes = artifact.facts.bytes_per_decode_step
     held = "nonzero" if artifact.facts.target == "deepsparse" else "dense"
-    return artifact.facts.bytes_per_decode_step[held] + artifact.kv_bytes(workload.past_len)
+    return step_bytes.get("stored", step_bytes[held]) + artifact.kv_bytes(workload.past_len)
 
 
 def _profile(artifact: OnnxArtifact) -> dict[str, Any] | None:

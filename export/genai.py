@@ -10,7 +10,9 @@ from owl_deploy.text import Encoder
 __all__ = ["genai_config"]
 
 
-def genai_config(decoder: Decoder, encoder: Encoder, end_tokens: list[int]) -> dict[str, Any]:
+def genai_config(
+    decoder: Decoder, encoder: Encoder, end_tokens: list[int], *, operator_library: str | None = None
+) -> dict[str, Any]:
     """Return the configuration in the layout of onnxruntime-genai's model builder (0.18).
 
     Sampling is off (greedy) and past and present share one buffer; users override both.
@@ -19,7 +21,11 @@ def genai_config(decoder: Decoder, encoder: Encoder, end_tokens: list[int]) -> d
         decoder: shapes and the family's name.
         encoder: gives the special tokens where the model's generation settings name none.
         end_tokens: the model's own, perhaps several or none.
+        operator_library: file of the artifact's own operators; genai looks for it in the model's folder alone.
     """
+    session_options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
+    if operator_library is not None:
+        session_options["custom_ops_library"] = operator_library
     eos = end_tokens[0] if end_tokens else encoder.eos_token_id or 0
     return {
         "model": {
@@ -47,7 +53,7 @@ def genai_config(decoder: Decoder, encoder: Encoder, end_tokens: list[int]) -> d
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": session_options,
             },
         },
         "search": {

@@ -45,6 +45,15 @@ class GraphWriter:
         product = self.op.MatMul(hidden, self.weight(f"{name}.weight", (n_in, n_out), is_transposed=True))
         return self.op.Add(product, self.weight(f"{name}.bias", (n_out,))) if has_bias else product
 
+    def linears(
+        self, hidden: ir.Value, block: str, parts: dict[str, int], n_in: int, *, has_bias: bool = False
+    ) -> list[ir.Value]:
+        """Multiply `hidden` by several linears of a block, each named with its outputs; returns one value for each.
+
+        A dialect that multiplies them stacked returns one value in all.
+        """
+        return [self.linear(hidden, f"{block}.{name}", n_in, n_out, has_bias=has_bias) for name, n_out in parts.items()]
+
     def constant(self, array: NDArray[Any], name: str) -> ir.Value:
         """Add a small constant that is part of the graph, not of the checkpoint."""
         return self._builder.initializer(ir.tensor(np.asarray(array, order="C"), name=name))

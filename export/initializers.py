@@ -23,15 +23,25 @@ from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.export.decoder import WeightSource
 from owl_deploy.progress import OnStep, Step, silent
+from owl_deploy.recipe import Precision
 
-__all__ = ["INLINE_LIMIT", "StoredMatrix", "write_initializers"]
+__all__ = [
+    "DATA_FILE",
+    "INLINE_LIMIT",
+    "StoredMatrix",
+    "external_tensor",
+    "stored_tensor",
+    "write_initializers",
+]
 
-Encoding = Literal["dense", "coo-varint", "coo-int32", "coo-int64"]
+Encoding = Literal["dense", "coo-varint", "coo-int32", "coo-int64", "packed-dense", "packed-bitmask", "packed-index16"]
 
 INLINE_LIMIT = 2_000_000_000
 """Bytes that model.onnx may hold: protobuf stops at 2 GiB, and the graph itself takes some."""
 
-_DATA_FILE = "model.onnx.data"
+DATA_FILE = "model.onnx.data"
+"""File beside model.onnx that holds the large initializers."""
+
 _ALIGNMENT = 4096  # so that engines can map a tensor at a page border
 
 
@@ -41,12 +51,13 @@ class StoredMatrix:
 
     name: str
     shape: tuple[int, int]
-    """As stored: (in, out) where transposed."""
+    """As stored: (in, out) where transposed, (out, in) where packed."""
     n_nonzeros: int
     encoding: Encoding
     is_external: bool
     predicted_bytes: int
     bytes: int
+    precision: Precision = "fp32"
 
     @property
     def sparsity(self) -> float:
@@ -107,14 +118,14 @@ def write_initializers(
                 "reads them from nowhere else: export with weights dense"
             )
     stored: list[StoredMatrix] = []
-    with (folder / _DATA_FILE).open("wb") as data:
+    with (folder / DATA_FILE).open("wb") as data:
         for done, (name, source) in enumerate(weights.items(), start=1):
             array = _read(checkpoint, source)
             encoding, predicted = (
                 _smallest(array, allows_varint=False) if is_external else plan.get(name, ("dense", array.nbytes))
             )
             if encoding == "dense":
-                model.graph.initializer.append(_tensor(name, array, data))
+                model.graph.initializer.append(stored_tensor(name, array, data))
                 size = array.nbytes
             else:
                 sparse = _sparse_tensor(name, array, encoding, data if is_external else None)
@@ -165,28 +176,33 @@ def _sparse_tensor(
     """Return a matrix as flattened, sorted coordinates and values."""
     indices = np.flatnonzero(array)
     sparse = onnx.SparseTensorProto(dims=array.shape)
-    sparse.values.CopyFrom(_tensor(name, array.reshape(-1)[indices], data))
+    sparse.values.CopyFrom(stored_tensor(name, array.reshape(-1)[indices], data))
     if encoding == "coo-varint":
         sparse.indices.CopyFrom(
             onnx.TensorProto(data_type=onnx.TensorProto.INT64, dims=[len(indices)], int64_data=indices)
         )
     else:
         kind = np.int32 if encoding == "coo-int32" else np.int64
-        sparse.indices.CopyFrom(_tensor(f"{name}.indices", indices.astype(kind), data))
+        sparse.indices.CopyFrom(stored_tensor(f"{name}.indices", indices.astype(kind), data))
     return sparse
 
 
-def _tensor(name: str, array: NDArray[Any], data: BinaryIO | None) -> onnx.TensorProto:
+def stored_tensor(name: str, array: NDArray[Any], data: BinaryIO | None) -> onnx.TensorProto:
     """Return a tensor whose bytes lie in `data`, at a page border, or inside the proto where `data` is None."""
-    tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     if data is None:
-        tensor.raw_data = array.tobytes()
-        return tensor
+        return onnx.TensorProto(name=name, dims=array.shape, data_type=kind, raw_data=array.tobytes())
     data.write(b"\0" * (-data.tell() % _ALIGNMENT))
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", _DATA_FILE), ("offset", data.tell()), ("length", array.nbytes)):
-        tensor.external_data.add(key=key, value=str(value))
+    tensor = external_tensor(name, kind, array.shape, offset=data.tell(), length=array.nbytes)
     data.write(array.data)
+    return tensor
+
+
+def external_tensor(name: str, kind: int, shape: tuple[int, ...], *, offset: int, length: int) -> onnx.TensorProto:
+    """Return a tensor of an ONNX data type that is a stretch of the data file, in bytes."""
+    tensor = onnx.TensorProto(name=name, dims=shape, data_type=kind, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", DATA_FILE), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
     return tensor
 
 

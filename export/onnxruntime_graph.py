@@ -3,6 +3,9 @@
 In: the shape of a decoder. Out: a graph of nodes and small constants, and for every weight the
 checkpoint tensor that fills it. Inputs and outputs carry the names of onnxruntime-genai's model
 builder, so that the same folder runs there.
+
+The linears are plain MatMuls, or SparseMatMuls of the operator library: query, key and value are
+then one product, gate and up another, and a block has ten nodes.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import onnx_ir as ir
 from owl_deploy.errors import UnsupportedModelError
 from owl_deploy.export.decoder import Decoder, WeightSource
 from owl_deploy.export.graph import GraphWriter
+from owl_deploy.export.packed_graph import OPERATOR_DOMAIN, PackedGraphWriter, PackedLinear
+from owl_deploy.recipe import Precision
 
-__all__ = ["onnxruntime_graph"]
+__all__ = ["onnxruntime_graph", "sparse_operator_graph"]
 
 _OPSETS = {"": 21, "com.microsoft": 1}
 _IR_VERSION = 10
@@ -41,11 +46,42 @@ def onnxruntime_graph(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, Weig
     Raises:
         UnsupportedModelError: the heads are of a size that the operator does not take.
     """
+    writer = GraphWriter(opsets=_OPSETS, ir_version=_IR_VERSION)
+    _write(writer, decoder)
+    return writer.model(), writer.weights
+
+
+def sparse_operator_graph(
+    decoder: Decoder, *, precision: Precision, head_precision: Precision
+) -> tuple[onnx.ModelProto, dict[str, WeightSource], dict[str, PackedLinear]]:
+    """Write the same decoder with SparseMatMul in place of every MatMul.
+
+    A tied head is stored once here too: the embedding gathers rows out of the packed matrix.
+
+    Args:
+        decoder: its shape.
+        precision: number format of the matrices in the blocks.
+        head_precision: that of head and embedding.
+
+    Returns:
+        The model without its weights, initializer name -> source of its norms, and name -> what is packed.
+
+    Raises:
+        UnsupportedModelError: the heads are of a size that attention does not take, or rows of the embedding of a
+            length that cannot be gathered.
+    """
+    opsets = {**_OPSETS, OPERATOR_DOMAIN: 1}
+    writer = PackedGraphWriter(precision, head_precision, opsets=opsets, ir_version=_IR_VERSION)
+    _write(writer, decoder)
+    return writer.model(), writer.weights, writer.packed
+
+
+def _write(writer: GraphWriter, decoder: Decoder) -> None:
+    """Write the whole graph."""
     if decoder.head_dim % 16:
         raise UnsupportedModelError(
             f"head size {decoder.head_dim}: ONNX Runtime's GroupQueryAttention rotates heads of a multiple of 16 only"
         )
-    writer = GraphWriter(opsets=_OPSETS, ir_version=_IR_VERSION)
     op = writer.op
     input_ids = writer.int64_input("input_ids", ["batch", "tokens"])
     mask = writer.int64_input("attention_mask", ["batch", "positions"])
@@ -76,11 +112,12 @@ def onnxruntime_graph(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, Weig
     writer.output(logits, "logits", ["batch", "tokens", decoder.vocab_size])
     for name, value in zip(decoder.kv_names, present, strict=True):
         writer.output(value, f"present.{name}", ["batch", decoder.n_kv_heads, "positions", decoder.head_dim])
-    return writer.model(), writer.weights
 
 
 def _embedding(writer: GraphWriter, decoder: Decoder, input_ids: ir.Value) -> ir.Value:
     """Rows of the embedding, (batch, T, hidden_size)."""
+    if isinstance(writer, PackedGraphWriter):
+        return writer.rows(input_ids, "model.embed_tokens", (decoder.vocab_size, decoder.hidden_size))
     op, tensor = writer.op, "model.embed_tokens.weight"
     if not decoder.has_tied_head:
         return op.Gather(writer.weight(tensor, (decoder.vocab_size, decoder.hidden_size)), input_ids)
@@ -95,13 +132,15 @@ def _attention(
 ) -> tuple[ir.Value, list[ir.Value]]:
     """Attention of one block; also returns its present key and value."""
     size, head_dim = decoder.hidden_size, decoder.head_dim
-    widths = {"q": decoder.n_heads * head_dim, "k": decoder.n_kv_heads * head_dim, "v": decoder.n_kv_heads * head_dim}
-    query_key_value = [
-        writer.linear(hidden, f"{name}.{part}_proj", size, width, has_bias=decoder.has_qkv_bias)
-        for part, width in widths.items()
-    ]
-    mixed, key, value = writer.op.GroupQueryAttention(
-        *query_key_value,
+    n_query, n_key = decoder.n_heads * head_dim, decoder.n_kv_heads * head_dim
+    parts = {"q_proj": n_query, "k_proj": n_key, "v_proj": n_key}
+    query_key_value = writer.linears(hidden, name, parts, size, has_bias=decoder.has_qkv_bias)
+    # Stacked, all three are the operator's first input.
+    query, key, value = query_key_value if len(query_key_value) == 3 else (*query_key_value, None, None)
+    mixed, present_key, present_value = writer.op.GroupQueryAttention(
+        query,
+        key,
+        value,
         *past,
         *positions,
         num_heads=decoder.n_heads,
@@ -113,14 +152,15 @@ def _attention(
         _outputs=3,
         **_MICROSOFT,
     )
-    return writer.linear(mixed, f"{name}.o_proj", widths["q"], size, has_bias=decoder.has_o_bias), [key, value]
+    attended = writer.linear(mixed, f"{name}.o_proj", n_query, size, has_bias=decoder.has_o_bias)
+    return attended, [present_key, present_value]
 
 
 def _mlp(writer: GraphWriter, decoder: Decoder, hidden: ir.Value, name: str) -> ir.Value:
     """Gated MLP of one block: down(silu(gate(x)) * up(x))."""
     op, outer, inner = writer.op, decoder.hidden_size, decoder.intermediate_size
-    gate = writer.linear(hidden, f"{name}.gate_proj", outer, inner, has_bias=decoder.has_mlp_bias)
-    up = writer.linear(hidden, f"{name}.up_proj", outer, inner, has_bias=decoder.has_mlp_bias)
+    gate_up = writer.linears(hidden, name, {"gate_proj": inner, "up_proj": inner}, outer, has_bias=decoder.has_mlp_bias)
+    gate, up = gate_up if len(gate_up) == 2 else op.Split(*gate_up, axis=-1, num_outputs=2, _outputs=2)
     # QuickGelu(x) = x * sigmoid(alpha x): with alpha 1 it is SiLU in one node.
     silu = op.QuickGelu(gate, alpha=1.0, **_MICROSOFT)
     return writer.linear(op.Mul(silu, up), f"{name}.down_proj", inner, outer, has_bias=decoder.has_mlp_bias)

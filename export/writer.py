@@ -16,15 +16,19 @@ import onnx
 from owl_deploy.artifact import MANIFEST, OnnxArtifact, open_artifact
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.export.cost_model import MachineClass
 from owl_deploy.export.decoder import Decoder, WeightSource, read_decoder
 from owl_deploy.export.deepsparse_graph import deepsparse_graph
 from owl_deploy.export.genai import genai_config
 from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, write_initializers
-from owl_deploy.export.onnxruntime_graph import onnxruntime_graph
+from owl_deploy.export.machine_class import this_machine_class
+from owl_deploy.export.onnxruntime_graph import onnxruntime_graph, sparse_operator_graph
+from owl_deploy.export.packed_initializers import write_packed_initializers
 from owl_deploy.export.parity import check_parity
 from owl_deploy.files import folder_bytes, new_folder, write_json
+from owl_deploy.kernels import library_path
 from owl_deploy.progress import OnStep, silent
-from owl_deploy.recipe import ExportSettings
+from owl_deploy.recipe import ExportSettings, Precision
 from owl_deploy.skeleton import open_skeleton
 from owl_deploy.text import Encoder
 from owl_deploy.threads import resolve_threads
@@ -76,30 +80,30 @@ def export_onnx(
         inline_limit: bytes of sparse initializers that model.onnx may hold.
 
     Raises:
+        EngineUnavailableError: weights sparse-operator, and there is no operator library for this machine.
         ParityError: the artifact does not compute what the checkpoint computes; nothing is left.
         OwlDeployError: and its subclasses.
     """
+    library = library_path() if settings.weights == "sparse-operator" else None  # refuses before any work
     checkpoint = open_checkpoint(model, offline=offline)
     decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
     open_skeleton(checkpoint)  # refuses tensors that are missing or of another shape
     with new_folder(out, replace=force) as folder:
-        graph, weights = _GRAPHS[settings.target](decoder)
-        _refuse_unused_tensors(checkpoint, weights)
-        is_sparse = settings.weights == "sparse-initializer"
-        matrices = write_initializers(
-            graph,
-            weights,
-            checkpoint,
-            folder,
-            is_sparse=is_sparse,
-            target=settings.target,
-            inline_limit=inline_limit,
-            on_step=on_step,
-        )
+        if settings.weights == "sparse-operator":
+            matrices = _write_packed(checkpoint, decoder, settings, folder, on_step)
+        else:
+            matrices = _write_plain(checkpoint, decoder, settings, folder, inline_limit, on_step)
+        if library is not None:
+            # For onnxruntime-genai, which takes it from the model's folder alone. Our own engines never load this copy.
+            shutil.copyfile(library, folder / library.name)
         _copy_tokenizer(checkpoint, folder)
-        write_json(
-            folder / "genai_config.json", genai_config(decoder, Encoder.open(checkpoint.path), _end_tokens(checkpoint))
+        config = genai_config(
+            decoder,
+            Encoder.open(checkpoint.path),
+            _end_tokens(checkpoint),
+            operator_library=library.name if library is not None else None,
         )
+        write_json(folder / "genai_config.json", config)
         manifest = _manifest(checkpoint, decoder, settings, matrices, folder)
         write_json(folder / MANIFEST, manifest)
         if parity:
@@ -120,9 +124,69 @@ def export_versions() -> dict[str, str]:
     return versions("onnx", "onnxscript", "onnxruntime", "torch", "transformers")
 
 
-def _refuse_unused_tensors(checkpoint: Checkpoint, weights: dict[str, WeightSource]) -> None:
+def _write_plain(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    settings: ExportSettings,
+    folder: Path,
+    inline_limit: int,
+    on_step: OnStep,
+) -> list[StoredMatrix]:
+    """Write the model with weights that any build of the engine reads."""
+    graph, weights = _GRAPHS[settings.target](decoder)
+    _refuse_unused_tensors(checkpoint, {source.tensor for source in weights.values()})
+    return write_initializers(
+        graph,
+        weights,
+        checkpoint,
+        folder,
+        is_sparse=settings.weights == "sparse-initializer",
+        target=settings.target,
+        inline_limit=inline_limit,
+        on_step=on_step,
+    )
+
+
+def _write_packed(
+    checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, folder: Path, on_step: OnStep
+) -> list[StoredMatrix]:
+    """Write the model with packed matrices for the operator library."""
+    graph, weights, packed = sparse_operator_graph(
+        decoder, precision=settings.precision, head_precision=_head_precision(settings)
+    )
+    used = {source.tensor for source in weights.values()}
+    for linear in packed.values():
+        used |= {f"{part}.weight" for part in linear.parts}
+        used |= {f"{part}.bias" for part in linear.parts if linear.has_bias}
+    _refuse_unused_tensors(checkpoint, used)
+    return write_packed_initializers(
+        graph,
+        weights,
+        packed,
+        checkpoint,
+        folder,
+        encoding=settings.encoding,
+        machine=_machine(settings),
+        on_step=on_step,
+    )
+
+
+def _head_precision(settings: ExportSettings) -> Precision:
+    """Return the number format of head and embedding."""
+    if settings.head_precision != "auto":
+        return settings.head_precision
+    # int4 rows are no tensor that Gather could read.
+    return "int8" if settings.precision == "int4" else settings.precision
+
+
+def _machine(settings: ExportSettings) -> MachineClass:
+    """Return the class of machines that matrices are packed for."""
+    return this_machine_class() if settings.machine == "auto" else settings.machine
+
+
+def _refuse_unused_tensors(checkpoint: Checkpoint, used: set[str]) -> None:
     """Refuse a checkpoint with a weight that the graph has no place for: it would compute something else."""
-    used = {source.tensor for source in weights.values()} | {"lm_head.weight"}
+    used = used | {"lm_head.weight"}
     unused = [name for name in checkpoint.tensors if name not in used and not name.endswith("rotary_emb.inv_freq")]
     if unused:
         raise UnsupportedModelError(
@@ -150,11 +214,23 @@ def _manifest(
     lineage = checkpoint.manifest or {"source": {"model": checkpoint.source, "sha256": checkpoint.fingerprint}}
     # An embedding that lies as in the checkpoint is gathered, one row a token; all others are multiplied at every step.
     multiplied = [m for m in matrices if m.name != "model.embed_tokens.weight"]
-    dense_bytes = sum(m.shape[0] * m.shape[1] for m in multiplied) * 4
+    step_bytes = {
+        "dense": sum(m.shape[0] * m.shape[1] for m in multiplied) * 4,
+        "nonzero": 4 * sum(m.n_nonzeros for m in multiplied),
+    }
+    packing: dict[str, Any] = {}
+    if settings.weights == "sparse-operator":
+        step_bytes["stored"] = sum(m.bytes for m in multiplied)  # the operator reads what lies in the file
+        packing = {
+            "head_precision": _head_precision(settings),
+            "encoding": settings.encoding,
+            "machine": _machine(settings),
+        }
     return {
         "kind": "artifact",
         "format_version": 1,
         **settings.model_dump(mode="json", include={"target", "weights", "precision"}),
+        **packing,
         "model_type": decoder.model_type,
         "n_blocks": decoder.n_blocks,
         "n_kv_heads": decoder.n_kv_heads,
@@ -163,7 +239,7 @@ def _manifest(
         "max_positions": decoder.max_positions,
         "bytes_on_disk": folder_bytes(folder),
         "bytes_dense": 4 * n_elements,
-        "bytes_per_decode_step": {"dense": dense_bytes, "nonzero": 4 * sum(m.n_nonzeros for m in multiplied)},
+        "bytes_per_decode_step": step_bytes,
         # A dense model's own zeros are not counted: sparsity is what pruning did.
         "sparsity": lineage.get("sparsity", {"target": 0.0, "linears": 0.0, "model": 0.0}),
         "matrices": [
@@ -172,6 +248,7 @@ def _manifest(
                 "shape": list(matrix.shape),
                 "sparsity": matrix.sparsity,
                 "encoding": matrix.encoding,
+                "precision": matrix.precision,
                 "is_external": matrix.is_external,
                 "predicted_bytes": matrix.predicted_bytes,
                 "bytes": matrix.bytes,

@@ -50,7 +50,8 @@ class ArtifactFacts(BaseModel):
     max_positions: int = Field(ge=1, le=100_000_000)
     bytes_dense: int = Field(ge=0)
     bytes_per_decode_step: Annotated[dict[str, int], AfterValidator(_has("dense", "nonzero"))]
-    """Weight bytes that one decode step must read: `dense` as stored densely, `nonzero` counting non-zeros only."""
+    """Weight bytes that one decode step must read: `dense` as dense float32, `nonzero` counting non-zeros only; for
+    packed matrices also `stored`, their real bytes."""
     sparsity: Annotated[dict[str, float], AfterValidator(_has("target", "linears", "model"))]
 
 

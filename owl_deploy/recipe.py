@@ -23,6 +23,7 @@ __all__ = [
     "BenchSettings",
     "EvalSettings",
     "ExportSettings",
+    "Precision",
     "PruneSettings",
     "Recipe",
     "Settings",
@@ -32,6 +33,7 @@ __all__ = [
     "recipe_from_mapping",
 ]
 
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -97,12 +99,34 @@ class ExportSettings(Settings):
 
     target: Literal["onnxruntime", "deepsparse"] = "onnxruntime"
     """The engine whose dialect of ONNX is written."""
-    weights: Literal["dense", "sparse-initializer"] = "dense"
-    """How matrices are stored: dense, or as ONNX sparse initializers where that is smaller."""
-    precision: Literal["fp32"] = "fp32"
-    """Number format of the stored values."""
+    weights: Literal["dense", "sparse-initializer", "sparse-operator"] = "dense"
+    """How matrices are stored: dense, as ONNX sparse initializers where that is smaller, or packed for the operator
+    SparseMatMul, which multiplies them without their zeros (onnxruntime only)."""
+    precision: Precision = "fp32"
+    """Number format of the stored values: fp32, or with weights sparse-operator also fp16, int8 or int4."""
+    head_precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
+    """The same for head and embedding, with weights sparse-operator: auto is the precision, int8 in int4 artifacts."""
+    encoding: Literal["auto", "dense", "bitmask", "index16"] = "auto"
+    """How sparse-operator packs each matrix; auto is what the cost model predicts to be fastest. A head that is also
+    the embedding is always dense."""
+    machine: Literal["auto", "x86-avx512-vbmi2", "x86-avx2", "arm-neon", "portable"] = "auto"
+    """Machine class for which the cost model decides; auto is that of the machine that exports."""
     max_positions: Annotated[int, Field(ge=16)] = 4096
     """Longest context of the artifact in tokens (rows of its rotary tables), capped by the model's own."""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> ExportSettings:
+        if self.weights == "sparse-operator":
+            if self.target != "onnxruntime":
+                raise ValueError(f"weights sparse-operator runs in target onnxruntime only, got target {self.target}")
+            if self.encoding == "index16" and self.precision == "int4":
+                raise ValueError("encoding index16 holds no int4 values: choose bitmask, dense or auto")
+            return self
+        for name in ("precision", "head_precision", "encoding", "machine"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name} {value} needs weights sparse-operator, got weights {self.weights}")
+        return self
 
 
 class ArtifactSettings(ExportSettings):
@@ -219,6 +243,8 @@ def _sentence(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key:
         return message
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # several keys do not fit together
+        return f"{key}: {message}"
     hint = ""
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
         hint = _nearest(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from owl_deploy.artifact import OnnxArtifact
 from owl_deploy.engines.bridge import bridge_python
 from owl_deploy.errors import EngineFailedError
+from owl_deploy.kernels import library_path
 
 __all__ = ["EngineProcess", "open_engine", "open_worker"]
 
@@ -59,9 +60,17 @@ class EngineProcess:
         self._buffer = b""
 
     def load(self, artifact: OnnxArtifact, *, threads: int, n_tokens: int, capacity: int) -> None:
-        """Load an artifact for calls of `n_tokens` tokens and a cache of `capacity` positions in all."""
+        """Load an artifact for calls of `n_tokens` tokens and a cache of `capacity` positions in all.
+
+        Raises:
+            EngineUnavailableError: it needs the operator library, and there is none for this machine.
+        """
         folder = str(artifact.path.resolve())
-        answer = self.ask("load", artifact=folder, threads=threads, n_tokens=n_tokens, capacity=capacity)
+        # Always the library that is installed here: an artifact brings one too, and its code is not to be trusted.
+        operators = str(library_path()) if artifact.facts.weights == "sparse-operator" else None
+        answer = self.ask(
+            "load", artifact=folder, threads=threads, n_tokens=n_tokens, capacity=capacity, operators=operators
+        )
         self.version, self.load_ms = answer["version"], answer["load_ms"]
 
     def forward(self, tokens: NDArray[np.int64], past_len: int) -> NDArray[np.float32]:

@@ -4,7 +4,7 @@ Started as `python <this folder> ENGINE`, also by the interpreter of another env
 3.8, the standard library, numpy and the engine are all it may need. One request per line on
 stdin, one answer per line on the first stdout; whatever an engine prints goes to stderr.
 
-    {"command": "load", "artifact": DIR, "threads": N, "n_tokens": T, "capacity": S}
+    {"command": "load", "artifact": DIR, "threads": N, "n_tokens": T, "capacity": S, "operators": FILE.so or null}
         -> {"load_ms": ..., "version": ...}
     {"command": "forward", "tokens": [...], "past_len": P, "logits": FILE.npy}
         -> {} and the logits (T, vocab) float32 in the file
@@ -33,7 +33,7 @@ def open_session(engine, request):
         return DeepSparseSession(*arguments)
     from onnxruntime_session import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(*arguments)
+    return OnnxRuntimeSession(*arguments, operators=request.get("operators"))
 
 
 def peak_rss_bytes():

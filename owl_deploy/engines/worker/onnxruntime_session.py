@@ -12,13 +12,18 @@ import onnxruntime
 
 
 class OnnxRuntimeSession:
-    """One artifact, loaded for one cache size; `n_tokens` may differ from call to call."""
+    """One artifact, loaded for one cache size; `n_tokens` may differ from call to call.
 
-    def __init__(self, artifact, threads, n_tokens, capacity):
+    `operators` is the operator library that the artifact's graph needs, None where it needs none.
+    """
+
+    def __init__(self, artifact, threads, n_tokens, capacity, operators=None):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if operators is not None:
+            options.register_custom_ops_library(operators)
         self.session = onnxruntime.InferenceSession(
             str(Path(artifact) / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )

@@ -1,0 +1,50 @@
+// What one instruction set offers: a table of plain functions, filled by one file per target.
+//
+// SPDX-License-Identifier: Apache-2.0
+#ifndef OWL_DEPLOY_KERNELS_H_
+#define OWL_DEPLOY_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "packed_matrix.h"
+
+namespace owl {
+
+// X as the kernels want it; which fields are set follows from `Layout`.
+enum class Layout : uint8_t {
+  kRows,       // floats: (m, padded K) float32, zeros from K on
+  kTiles,      // floats, many rows: tiles of `tile` rows of X, each (K, tile) float32, zeros from m on
+  kByteRows,   // (m, padded K) int8 and (m, n_blocks) scales
+  kByteTiles,  // tiles of `tile` rows of X, each (n_blocks, 16, tile, 4) bytes and (n_blocks, tile) scales
+};
+
+// Everything a piece of work needs to know; the same for all pieces of one product.
+struct Product {
+  const PackedMatrix* w = nullptr;
+  size_t m = 0;
+  Layout layout = Layout::kRows;
+  size_t tile = 0;              // rows of X per tile
+  size_t stride = 0;            // kRows, kByteRows: elements from one row of X to the next
+  const float* floats = nullptr;
+  const uint8_t* bytes = nullptr;
+  const float* scales = nullptr;
+  const float* bias = nullptr;  // (N) or null
+  float* y = nullptr;           // (m, N)
+};
+
+struct Kernels {
+  const char* name;
+  // How X is laid out for m rows, and how many rows of X a tile takes.
+  Layout (*layout)(ValueType type, Encoding encoding, size_t m, size_t* tile);
+  // Writes tile or row `i` of the prepared X.
+  void (*prepare)(const Product& product, const float* x, size_t i, float* floats, uint8_t* bytes, float* scales);
+  // Bytes of scratch memory that `multiply` needs, 64-byte aligned.
+  size_t (*scratch_bytes)(const Product& product);
+  // Rows [begin, end) of W.
+  void (*multiply)(const Product& product, size_t begin, size_t end, uint8_t* scratch);
+};
+
+}  // namespace owl
+
+#endif  // OWL_DEPLOY_KERNELS_H_

@@ -1,0 +1,649 @@
+// The algorithm, written once. Every target file defines OWL_TARGET, includes its lanes and then this.
+//
+// Lanes give: kName, kLanes (floats in a Vec), kRowsSingle and kRowsBatch (rows of W taken together), kMaxBatch (rows of
+// X against one expanded block), kByteTileFrom (rows of X from which bytes go in tiles), kXOffset (what is added to the
+// bytes of a tile), and the types and functions used below. A block is 64 columns throughout.
+//
+// Everything is static: an inline function of another target must not be merged with one of this.
+//
+// SPDX-License-Identifier: Apache-2.0
+
+namespace owl {
+namespace OWL_TARGET {
+namespace {
+
+#define OWL_INLINE static inline __attribute__((always_inline))
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef float VecMem __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // in memory, anywhere
+
+constexpr size_t kGroupRows = 64;        // rows of W whose tile of Y stays in cache: 16 KiB
+constexpr size_t kListsAhead = 8;        // rows whose columns are listed before the first is multiplied, see MultiplyTiles
+constexpr size_t kByteRows = 4;          // rows of W against a tile of bytes: with two vectors 8 int32 sums
+// Bytes ahead, into the second cache: at 50 % float32 8 KiB gave 1.4x over none, 4 KiB 1.35x, 2 KiB 1.1x.
+constexpr size_t kPrefetch = 8192;
+constexpr size_t kMaxPrefetch = 256 * 1024;  // more would push out what was asked for
+
+OWL_INLINE uint64_t LoadU64(const uint8_t* p) {
+  uint64_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+OWL_INLINE uint32_t LoadU32(const uint8_t* p) {
+  uint32_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+OWL_INLINE uint16_t LoadU16(const uint8_t* p) {
+  uint16_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+OWL_INLINE float LoadF32(const uint8_t* p) {
+  float value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+OWL_INLINE size_t CountBits(const uint8_t* mask) { return static_cast<size_t>(__builtin_popcountll(LoadU64(mask))); }
+OWL_INLINE size_t BlocksOf(const PackedMatrix& w) { return (w.n_columns + kBlock - 1) / kBlock; }
+OWL_INLINE size_t RecordOffset(const PackedMatrix& w, size_t row) { return size_t{LoadU32(w.row_starts + 4 * row)} * 8; }
+
+OWL_INLINE constexpr size_t SizeOf(ValueType type) {
+  return type == ValueType::kFloat32 ? 4 : type == ValueType::kInt8 || type == ValueType::kInt4 ? 1 : 2;
+}
+
+// Asks for the bytes that a thread will need a little later, in step with what it multiplies now. Rows lie one after the
+// other, so a piece of W is one stream; a group of rows that are read side by side must be ahead as a whole.
+struct Stream {
+  const uint8_t* next;    // first cache line not asked for
+  const uint8_t* target;  // moves by `step` with every block
+  const uint8_t* end;
+  size_t step;
+
+  OWL_INLINE Stream Of(const PackedMatrix& w, size_t begin, size_t end, size_t n_rows, size_t n_blocks) {
+    const uint8_t* first = w.data + RecordOffset(w, begin);
+    const uint8_t* last = w.data + RecordOffset(w, end);
+    const size_t group = static_cast<size_t>(last - first) / (end - begin) * n_rows;
+    const uint8_t* start = first + (group > kMaxPrefetch ? kMaxPrefetch : group > kPrefetch ? group : kPrefetch);
+    return {start, start, last, (group + n_blocks - 1) / n_blocks};
+  }
+  inline __attribute__((always_inline)) void Advance() {
+    target += step;
+    const uint8_t* limit = target < end ? target : end;
+    for (; next < limit; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
+// ---- float values, few rows of X ----
+
+template <ValueType kType, bool kIsDense, size_t kRows, size_t kBatch>
+OWL_INLINE Stream FloatRows(const Product& p, size_t row, size_t first, Stream stream) {
+  const PackedMatrix& w = *p.w;
+  const size_t n_blocks = BlocksOf(w), n_whole = kIsDense ? w.n_columns / kBlock : n_blocks;
+  const uint8_t* masks[kRows];
+  const uint8_t* values[kRows];
+  Acc sums[kBatch][kRows];
+  for (size_t r = 0; r < kRows; ++r) {
+    masks[r] = w.data + RecordOffset(w, row + r);
+    values[r] = masks[r] + (kIsDense ? 0 : 8 * n_blocks);
+    for (size_t b = 0; b < kBatch; ++b) sums[b][r] = Zero();
+  }
+  const float* x = p.floats + first * p.stride;
+  for (size_t j = 0; j < n_whole; ++j) {
+    stream.Advance();
+    for (size_t r = 0; r < kRows; ++r) {
+      const Block block = kIsDense ? LoadBlock<kType>(values[r]) : ExpandBlock<kType>(masks[r] + 8 * j, values[r]);
+      values[r] += SizeOf(kType) * (kIsDense ? kBlock : CountBits(masks[r] + 8 * j));
+      for (size_t b = 0; b < kBatch; ++b) MulAdd(sums[b][r], block, x + b * p.stride + kBlock * j);
+    }
+  }
+  if (n_whole < n_blocks) {  // the last columns of a dense row, as a block whose other columns are not stored
+    const uint64_t mask = (uint64_t{1} << (w.n_columns % kBlock)) - 1;
+    for (size_t r = 0; r < kRows; ++r) {
+      const Block block = ExpandBlock<kType>(reinterpret_cast<const uint8_t*>(&mask), values[r]);
+      for (size_t b = 0; b < kBatch; ++b) MulAdd(sums[b][r], block, x + b * p.stride + kBlock * n_whole);
+    }
+  }
+  for (size_t b = 0; b < kBatch; ++b) {
+    float* y = p.y + (first + b) * w.n_rows + row;
+    Sums(sums[b], y);
+    if (p.bias != nullptr) {
+      for (size_t r = 0; r < kRows; ++r) y[r] += p.bias[row + r];
+    }
+  }
+  return stream;
+}
+
+template <ValueType kType, bool kIsDense, size_t kRows, size_t kBatch>
+static void AllFloatRows(const Product& p, size_t begin, size_t end, size_t first) {
+  Stream stream = Stream::Of(*p.w, begin, end, kRows, BlocksOf(*p.w));
+  size_t row = begin;
+  for (; row + kRows <= end; row += kRows) stream = FloatRows<kType, kIsDense, kRows, kBatch>(p, row, first, stream);
+  for (; row < end; ++row) stream = FloatRows<kType, kIsDense, 1, kBatch>(p, row, first, stream);
+}
+
+template <ValueType kType, bool kIsDense>
+static void MultiplyFloatRows(const Product& p, size_t begin, size_t end) {
+  if (p.m == 1) return AllFloatRows<kType, kIsDense, kRowsSingle, 1>(p, begin, end, 0);
+  // A few rows of W at a time, so that they are still in cache for the next rows of X.
+  for (size_t row = begin; row < end;) {
+    const size_t until = end - row > 16 ? row + 16 : end;
+    size_t first = 0;
+    if constexpr (kMaxBatch >= 8) {
+      for (; first + 8 <= p.m; first += 8) AllFloatRows<kType, kIsDense, kRowsBatch, 8>(p, row, until, first);
+    }
+    for (; first + 4 <= p.m; first += 4) AllFloatRows<kType, kIsDense, kRowsBatch, 4>(p, row, until, first);
+    for (; first + 2 <= p.m; first += 2) AllFloatRows<kType, kIsDense, kRowsBatch, 2>(p, row, until, first);
+    for (; first < p.m; ++first) AllFloatRows<kType, kIsDense, kRowsBatch, 1>(p, row, until, first);
+    row = until;
+  }
+}
+
+// ---- lists of columns, few rows of X ----
+
+template <ValueType kType>
+static void MultiplyIndexRows(const Product& p, size_t begin, size_t end) {
+  const PackedMatrix& w = *p.w;
+  for (size_t row = begin; row < end; ++row) {
+    const uint8_t* record = w.data + RecordOffset(w, row);
+    const size_t n = LoadU32(record);
+    const uint8_t* columns = record + 4;
+    const uint8_t* values = columns + (2 * n + 3) / 4 * 4;
+    if (row + 1 < end) {
+      const uint8_t* stop = w.data + RecordOffset(w, row + 1);
+      const uint8_t* last = w.data + RecordOffset(w, end);
+      for (const uint8_t* at = record + kPrefetch; at < stop + kPrefetch && at < last; at += 64) {
+        __builtin_prefetch(at, 0, 2);
+      }
+    }
+    float scale = 1;
+    if constexpr (kType == ValueType::kInt8) scale = LoadF32(w.row_scales + 4 * row);
+    for (size_t i = 0; i < p.m; ++i) {
+      const float sum = IndexDot<kType>(columns, values, n, p.floats + i * p.stride);
+      p.y[i * w.n_rows + row] = scale * sum + (p.bias == nullptr ? 0 : p.bias[row]);
+    }
+  }
+}
+
+// ---- float values, many rows of X: each stored value meets a tile of X, zeros cost nothing ----
+
+template <size_t kVecs>
+OWL_INLINE void MulTile(float* sums, const float* panel, const uint8_t* columns, const float* values, size_t n) {
+  constexpr size_t kTile = kVecs * kLanes;
+  constexpr size_t kChains = kVecs >= 4 ? 1 : 4 / kVecs;  // independent sums, to cover the latency of one
+  Vec acc[kChains][kVecs] = {};
+  size_t e = 0;
+  for (; e + kChains <= n; e += kChains) {
+    for (size_t c = 0; c < kChains; ++c) {
+      const float* x = panel + columns[e + c] * kTile;
+      for (size_t v = 0; v < kVecs; ++v) {
+        acc[c][v] += values[e + c] * *reinterpret_cast<const VecMem*>(x + v * kLanes);
+      }
+    }
+  }
+  for (; e < n; ++e) {
+    const float* x = panel + columns[e] * kTile;
+    for (size_t v = 0; v < kVecs; ++v) acc[0][v] += values[e] * *reinterpret_cast<const VecMem*>(x + v * kLanes);
+  }
+  for (size_t v = 0; v < kVecs; ++v) {
+    Vec total = acc[0][v];
+    for (size_t c = 1; c < kChains; ++c) total += acc[c][v];
+    *reinterpret_cast<VecMem*>(sums + v * kLanes) += total;
+  }
+}
+
+// The same for rows without zeros, four of them for each load of X; fewer than four repeat the first one.
+template <size_t kVecs>
+OWL_INLINE void MulTileDense(float* sums, const float* panel, const float* const (&values)[4], size_t n, size_t n_rows) {
+  constexpr size_t kStep = kVecs > 4 ? 4 : kVecs;  // vectors at a time: four rows of them are sixteen sums
+  constexpr size_t kTile = kVecs * kLanes;
+  for (size_t first = 0; first < kVecs; first += kStep) {
+    Vec acc[4][kStep] = {};
+    for (size_t k = 0; k < n; ++k) {
+      const float* x = panel + k * kTile + first * kLanes;
+      for (size_t v = 0; v < kStep; ++v) {
+        const Vec part = *reinterpret_cast<const VecMem*>(x + v * kLanes);
+        for (size_t r = 0; r < 4; ++r) acc[r][v] += values[r][k] * part;
+      }
+    }
+    for (size_t r = 0; r < 4; ++r) {
+      if (r == n_rows) break;
+      for (size_t v = 0; v < kStep; ++v) {
+        *reinterpret_cast<VecMem*>(sums + r * kTile + (first + v) * kLanes) += acc[r][v];
+      }
+    }
+  }
+}
+
+// Where a row has been read up to.
+struct Cursor {
+  const uint8_t* columns;  // masks, or a list of columns
+  const uint8_t* values;
+  size_t n_left;  // of a list
+};
+
+// The stored columns of a block, counted from its first, and their values.
+struct BlockList {
+  float values[kBlock];
+  uint8_t columns[kBlock];
+  size_t n;
+};
+
+struct TileScratch {
+  float sums[kGroupRows * 64];
+  BlockList lists[kListsAhead];
+  Cursor cursors[kGroupRows];
+};
+
+template <ValueType kType, Encoding kEncoding>
+OWL_INLINE void ReadBlock(Cursor& cursor, size_t block, size_t n_columns, BlockList& list) {
+  size_t n;
+  if constexpr (kEncoding == Encoding::kBitmask) {
+    n = MaskColumns(LoadU64(cursor.columns), list.columns);
+    cursor.columns += 8;
+  } else if constexpr (kEncoding == Encoding::kDense) {
+    n = n_columns - block * kBlock < kBlock ? n_columns - block * kBlock : kBlock;
+  } else {
+    const size_t limit = (block + 1) * kBlock;
+    for (n = 0; n < cursor.n_left && LoadU16(cursor.columns + 2 * n) < limit; ++n) {
+      list.columns[n] = static_cast<uint8_t>(LoadU16(cursor.columns + 2 * n) - block * kBlock);
+    }
+    cursor.columns += 2 * n;
+    cursor.n_left -= n;
+  }
+  ConvertValues<kType>(cursor.values, n, list.values);
+  cursor.values += n * SizeOf(kType);
+  list.n = n;
+}
+
+template <ValueType kType, Encoding kEncoding, size_t kVecs>
+static void MultiplyTiles(const Product& p, size_t begin, size_t end, TileScratch& scratch) {
+  constexpr size_t kTile = kVecs * kLanes;
+  const PackedMatrix& w = *p.w;
+  const size_t n_blocks = BlocksOf(w);
+  for (size_t row = begin; row < end; row += kGroupRows) {
+    const size_t n_rows = end - row < kGroupRows ? end - row : kGroupRows;
+    for (size_t first = 0; first < p.m; first += kTile) {
+      __builtin_memset(scratch.sums, 0, n_rows * kTile * sizeof(float));
+      for (size_t r = 0; r < n_rows; ++r) {
+        Cursor& cursor = scratch.cursors[r];
+        cursor.columns = cursor.values = w.data + RecordOffset(w, row + r);
+        if constexpr (kEncoding == Encoding::kBitmask) cursor.values += 8 * n_blocks;
+        if constexpr (kEncoding == Encoding::kIndex16) {
+          cursor.n_left = LoadU32(cursor.columns);
+          cursor.columns += 4;
+          cursor.values = cursor.columns + (2 * cursor.n_left + 3) / 4 * 4;
+        }
+      }
+      const float* tile = p.floats + first * w.n_columns;
+      for (size_t j = 0; j < n_blocks; ++j) {
+        const float* panel = tile + j * kBlock * kTile;
+        // A list is read one by one from vectors just stored, which has to wait until they are in the cache (Zen 4: 50
+        // instead of 32 ns per row at 70 %): so several rows are listed before the first is multiplied.
+        for (size_t r = 0; r < n_rows; r += kListsAhead) {
+          const size_t n_lists = n_rows - r < kListsAhead ? n_rows - r : kListsAhead;
+          for (size_t i = 0; i < n_lists; ++i) {
+            ReadBlock<kType, kEncoding>(scratch.cursors[r + i], j, w.n_columns, scratch.lists[i]);
+            __builtin_prefetch(scratch.cursors[r + i].values + 128);
+          }
+          if constexpr (kEncoding == Encoding::kDense) {
+            for (size_t i = 0; i < n_lists; i += 4) {
+              const float* values[4];
+              for (size_t k = 0; k < 4; ++k) values[k] = scratch.lists[i + k < n_lists ? i + k : i].values;
+              const size_t left = n_lists - i;
+              MulTileDense<kVecs>(scratch.sums + (r + i) * kTile, panel, values, scratch.lists[i].n, left < 4 ? left : 4);
+            }
+            continue;
+          }
+          for (size_t i = 0; i < n_lists; ++i) {
+            const BlockList& list = scratch.lists[i];
+            MulTile<kVecs>(scratch.sums + (r + i) * kTile, panel, list.columns, list.values, list.n);
+          }
+        }
+      }
+      if constexpr (kType == ValueType::kInt8) {
+        for (size_t r = 0; r < n_rows; ++r) {
+          const float scale = LoadF32(w.row_scales + 4 * (row + r));
+          for (size_t t = 0; t < kTile; ++t) scratch.sums[r * kTile + t] *= scale;
+        }
+      }
+      const size_t n_used = p.m - first < kTile ? p.m - first : kTile;
+      for (size_t t = 0; t < n_used; ++t) {
+        float* y = p.y + (first + t) * w.n_rows + row;
+        for (size_t r = 0; r < n_rows; ++r) {
+          y[r] = scratch.sums[r * kTile + t] + (p.bias == nullptr ? 0 : p.bias[row + r]);
+        }
+      }
+    }
+  }
+}
+
+template <ValueType kType, Encoding kEncoding>
+static void MultiplyAnyTiles(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+  TileScratch& memory = *reinterpret_cast<TileScratch*>(scratch);
+  if (p.tile == 16) return MultiplyTiles<kType, kEncoding, 16 / kLanes>(p, begin, end, memory);
+  if (p.tile == 32) return MultiplyTiles<kType, kEncoding, 32 / kLanes>(p, begin, end, memory);
+  return MultiplyTiles<kType, kEncoding, 64 / kLanes>(p, begin, end, memory);
+}
+
+// ---- int8 and int4 values ----
+
+// One row of W as signed bytes in memory: where its values begin, and its group scales.
+struct ByteRow {
+  const uint8_t* masks;
+  const int8_t* values;
+  const uint8_t* groups;
+};
+
+// Finds the parts of a row; int4 codes are decoded into `decoded`, which takes K rounded up to 64, and 192 bytes more.
+template <ValueType kType, bool kIsDense>
+OWL_INLINE ByteRow OpenByteRow(const PackedMatrix& w, size_t row, size_t n_blocks, int8_t* decoded) {
+  const uint8_t* record = w.data + RecordOffset(w, row);
+  const uint8_t* groups = record + (kIsDense ? 0 : 8 * n_blocks);
+  const uint8_t* values = groups + (w.group == 0 ? 0 : (w.n_columns + w.group - 1) / w.group);
+  if constexpr (kType == ValueType::kInt4) {
+    size_t n = w.n_columns;
+    if (!kIsDense) {
+      n = 0;
+      for (size_t j = 0; j < n_blocks; ++j) n += CountBits(record + 8 * j);
+    }
+    for (int8_t* out = decoded; n != 0;) {
+      const size_t run = n < kNibbleRun ? n : kNibbleRun, half = (run + 1) / 2;
+      DecodeNibbles(values, w.codebook, out, out + half);
+      values += half;
+      out += run;
+      n -= run;
+    }
+    return {record, decoded, groups};
+  }
+  return {record, reinterpret_cast<const int8_t*>(values), groups};
+}
+
+OWL_INLINE size_t DecodedBytes(const PackedMatrix& w) { return BlocksOf(w) * kBlock + 192; }
+
+template <bool kIsDense>
+OWL_INLINE Bytes NextBytes(ByteRow& row, size_t block, size_t n_whole, size_t n_tail) {
+  if (!kIsDense) {
+    const Bytes bytes = ExpandBytes(row.masks + 8 * block, row.values);
+    row.values += CountBits(row.masks + 8 * block);
+    return bytes;
+  }
+  if (block < n_whole) {
+    const Bytes bytes = LoadBytes(row.values);
+    row.values += kBlock;
+    return bytes;
+  }
+  const uint64_t mask = (uint64_t{1} << n_tail) - 1;
+  return ExpandBytes(reinterpret_cast<const uint8_t*>(&mask), row.values);
+}
+
+template <bool kIsDense, size_t kRows, size_t kBatch, bool kHasGroups>
+OWL_INLINE Stream IntRows(const Product& p, size_t row, const ByteRow* rows, size_t first, Stream stream) {
+  const PackedMatrix& w = *p.w;
+  const size_t n_blocks = BlocksOf(w), n_whole = w.n_columns / kBlock, n_tail = w.n_columns % kBlock;
+  const size_t blocks_per_group = kHasGroups ? w.group / kBlock : 1;
+  Acc sums[kBatch][kRows];
+  for (size_t b = 0; b < kBatch; ++b) {
+    for (size_t r = 0; r < kRows; ++r) sums[b][r] = Zero();
+  }
+  const int8_t* x = reinterpret_cast<const int8_t*>(p.bytes) + first * p.stride;
+  const float* x_scales = p.scales + first * n_blocks;
+  ByteRow source[kRows];
+  for (size_t r = 0; r < kRows; ++r) source[r] = rows[r];
+  for (size_t j = 0, group = 0, left = blocks_per_group; j < n_blocks; ++j) {
+    stream.Advance();
+    Bytes blocks[kRows];
+    float scales[kRows];
+    for (size_t r = 0; r < kRows; ++r) {
+      blocks[r] = NextBytes<kIsDense>(source[r], j, n_whole, n_tail);
+      scales[r] = kHasGroups ? static_cast<float>(source[r].groups[group]) : 1.0F;
+    }
+    for (size_t b = 0; b < kBatch; ++b) {
+      const XBytes bytes = LoadX(x + b * p.stride + kBlock * j);
+      const float scale = x_scales[b * n_blocks + j];
+      for (size_t r = 0; r < kRows; ++r) DotAdd(sums[b][r], blocks[r], bytes, kHasGroups ? scale * scales[r] : scale);
+    }
+    if (kHasGroups && --left == 0) {
+      left = blocks_per_group;
+      ++group;
+    }
+  }
+  for (size_t b = 0; b < kBatch; ++b) {
+    float* y = p.y + (first + b) * w.n_rows + row;
+    Sums(sums[b], y);
+    for (size_t r = 0; r < kRows; ++r) {
+      y[r] = y[r] * LoadF32(w.row_scales + 4 * (row + r)) + (p.bias == nullptr ? 0 : p.bias[row + r]);
+    }
+  }
+  return stream;
+}
+
+template <bool kIsDense, size_t kBatch, bool kHasGroups>
+static Stream AllIntRows(const Product& p, size_t row, size_t n, const ByteRow* rows, size_t first, Stream stream) {
+  size_t r = 0;
+  for (; r + kRowsSingle <= n; r += kRowsSingle) {
+    stream = IntRows<kIsDense, kRowsSingle, kBatch, kHasGroups>(p, row + r, rows + r, first, stream);
+  }
+  for (; r < n; ++r) stream = IntRows<kIsDense, 1, kBatch, kHasGroups>(p, row + r, rows + r, first, stream);
+  return stream;
+}
+
+// How many rows are decoded before the first of them is multiplied: bytes that were just stored must reach the cache
+// before a load across two of those stores can have them.
+OWL_INLINE size_t RowsAhead(const PackedMatrix& w) {
+  const size_t rows = 8192 / (BlocksOf(w) * kBlock);
+  return rows < kRowsSingle ? kRowsSingle : rows > 16 ? 16 : rows / kRowsSingle * kRowsSingle;
+}
+
+template <ValueType kType, bool kIsDense, bool kHasGroups>
+static void MultiplyIntRows(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+  const PackedMatrix& w = *p.w;
+  const size_t n_blocks = BlocksOf(w), n_ahead = RowsAhead(w);
+  ByteRow rows[16];
+  Stream stream = Stream::Of(w, begin, end, kRowsSingle, n_blocks);
+  for (size_t row = begin; row < end; row += n_ahead) {
+    const size_t n = end - row < n_ahead ? end - row : n_ahead;
+    for (size_t r = 0; r < n; ++r) {
+      int8_t* decoded = reinterpret_cast<int8_t*>(scratch) + r * DecodedBytes(w);
+      rows[r] = OpenByteRow<kType, kIsDense>(w, row + r, n_blocks, decoded);
+    }
+    size_t first = 0;
+    Stream after = stream;
+    for (; first + 2 <= p.m; first += 2) after = AllIntRows<kIsDense, 2, kHasGroups>(p, row, n, rows, first, stream);
+    for (; first < p.m; ++first) after = AllIntRows<kIsDense, 1, kHasGroups>(p, row, n, rows, first, stream);
+    stream = after;
+  }
+}
+
+// Many rows of X: four rows of W become dense bytes once, then meet X in tiles whose lanes are rows of X.
+template <ValueType kType, bool kIsDense, size_t kVecs>
+static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+  constexpr size_t kTile = kVecs * kLanes;
+  const PackedMatrix& w = *p.w;
+  const size_t n_blocks = BlocksOf(w), n_whole = w.n_columns / kBlock, n_tail = w.n_columns % kBlock;
+  const size_t padded = n_blocks * kBlock, decoded_bytes = DecodedBytes(w);
+  int8_t* decoded = reinterpret_cast<int8_t*>(scratch);
+  int8_t* dense = decoded + (decoded_bytes + 63) / 64 * 64;                           // (kByteRows, padded)
+  float* scales = reinterpret_cast<float*>(dense + kByteRows * padded);               // (n_blocks, kByteRows)
+  int32_t* starts = reinterpret_cast<int32_t*>(scales + kByteRows * n_blocks);        // (n_blocks, kByteRows)
+  __builtin_memset(dense, 0, kByteRows * padded);
+  for (size_t row = begin; row < end; row += kByteRows) {
+    const size_t n_rows = end - row < kByteRows ? end - row : kByteRows;
+    for (size_t r = 0; r < n_rows; ++r) {
+      ByteRow source = OpenByteRow<kType, kIsDense>(w, row + r, n_blocks, decoded);
+      const float row_scale = LoadF32(w.row_scales + 4 * (row + r));
+      for (size_t j = 0, group = 0, left = w.group / kBlock; j < n_blocks; ++j) {
+        const Bytes bytes = NextBytes<kIsDense>(source, j, n_whole, n_tail);
+        StoreBytes(dense + r * padded + j * kBlock, bytes);
+        scales[j * kByteRows + r] = w.group == 0 ? row_scale : row_scale * source.groups[group];
+        if (--left == 0) {
+          left = w.group / kBlock;
+          ++group;
+        }
+        starts[j * kByteRows + r] = kXOffset == 0 ? 0 : -kXOffset * SumBytes(bytes);
+      }
+    }
+    for (size_t first = 0; first < p.m; first += kTile) {
+      const uint8_t* x = p.bytes + first * padded;
+      const float* x_scales = p.scales + first * n_blocks;
+      Vec sums[kByteRows][kVecs] = {};
+      for (size_t j = 0; j < n_blocks; ++j) {
+        IntVec products[kByteRows][kVecs];
+        for (size_t r = 0; r < kByteRows; ++r) {
+          // Each lane is another row of X, and each of them was shifted by the same offset.
+          for (size_t v = 0; v < kVecs; ++v) products[r][v] = SplatInt(starts[j * kByteRows + r]);
+        }
+        const int8_t* block = dense + j * kBlock;
+        for (size_t quad = 0; quad < kBlock / 4; ++quad, x += 4 * kTile) {
+          XQuads parts[kVecs];
+          for (size_t v = 0; v < kVecs; ++v) parts[v] = LoadQuads(x + 4 * kLanes * v);
+          for (size_t r = 0; r < kByteRows; ++r) {
+            const WQuads weights = SplatQuads(block + r * padded + 4 * quad);
+            for (size_t v = 0; v < kVecs; ++v) products[r][v] = DotQuads(products[r][v], parts[v], weights);
+          }
+        }
+        for (size_t v = 0; v < kVecs; ++v) {
+          const Vec scale = *reinterpret_cast<const VecMem*>(x_scales + j * kTile + v * kLanes);
+          for (size_t r = 0; r < kByteRows; ++r) sums[r][v] += ToFloat(products[r][v]) * (scale * scales[j * kByteRows + r]);
+        }
+      }
+      alignas(64) float results[kByteRows][kTile];
+      for (size_t r = 0; r < kByteRows; ++r) {
+        for (size_t v = 0; v < kVecs; ++v) *reinterpret_cast<VecMem*>(results[r] + v * kLanes) = sums[r][v];
+      }
+      const size_t n_used = p.m - first < kTile ? p.m - first : kTile;
+      for (size_t t = 0; t < n_used; ++t) {
+        float* y = p.y + (first + t) * w.n_rows + row;
+        for (size_t r = 0; r < n_rows; ++r) y[r] = results[r][t] + (p.bias == nullptr ? 0 : p.bias[row + r]);
+      }
+    }
+  }
+}
+
+// ---- the table ----
+
+static Layout ChooseLayout(ValueType type, Encoding encoding, size_t m, size_t* tile) {
+  const bool is_bytes = encoding != Encoding::kIndex16 && (type == ValueType::kInt8 || type == ValueType::kInt4);
+  if (is_bytes) {
+    *tile = m <= kLanes ? kLanes : 2 * kLanes;
+    return m < kByteTileFrom ? Layout::kByteRows : Layout::kByteTiles;
+  }
+  *tile = m <= 16 ? 16 : m <= 32 ? 32 : 64;
+  return m < kTileFrom ? Layout::kRows : Layout::kTiles;
+}
+
+static void Prepare(const Product& p, const float* x, size_t i, float* floats, uint8_t* bytes, float* scales) {
+  const size_t n = p.w->n_columns, n_blocks = BlocksOf(*p.w), padded = n_blocks * kBlock;
+  alignas(64) int8_t block[kBlock];
+  switch (p.layout) {
+    case Layout::kRows:
+      __builtin_memcpy(floats + i * padded, x + i * n, n * sizeof(float));
+      __builtin_memset(floats + i * padded + n, 0, (padded - n) * sizeof(float));
+      return;
+    case Layout::kTiles: {
+      float* tile = floats + i * p.tile * n;
+      for (size_t begin = 0; begin < n; begin += 16) {
+        const size_t end = begin + 16 < n ? begin + 16 : n;
+        for (size_t t = 0; t < p.tile; ++t) {
+          const size_t m = i * p.tile + t;
+          for (size_t k = begin; k < end; ++k) tile[k * p.tile + t] = m < p.m ? x[m * n + k] : 0;
+        }
+      }
+      return;
+    }
+    case Layout::kByteRows:
+      for (size_t j = 0; j < n_blocks; ++j) {
+        const size_t left = n - j * kBlock;
+        scales[i * n_blocks + j] = RoundBlock(x + i * n + j * kBlock, left < kBlock ? left : kBlock, block);
+        __builtin_memcpy(bytes + i * padded + j * kBlock, block, kBlock);
+      }
+      return;
+    case Layout::kByteTiles:
+      for (size_t t = 0; t < p.tile; ++t) {
+        const size_t m = i * p.tile + t;
+        for (size_t j = 0; j < n_blocks; ++j) {
+          const size_t left = n - j * kBlock;
+          float scale = 0;
+          if (m < p.m) {
+            scale = RoundBlock(x + m * n + j * kBlock, left < kBlock ? left : kBlock, block);
+          } else {
+            __builtin_memset(block, 0, kBlock);
+          }
+          scales[i * p.tile * n_blocks + j * p.tile + t] = scale;
+          uint8_t* out = bytes + i * p.tile * padded + j * kBlock * p.tile + 4 * t;
+          for (size_t quad = 0; quad < kBlock / 4; ++quad, out += 4 * p.tile) {
+            for (size_t k = 0; k < 4; ++k) out[k] = static_cast<uint8_t>(block[4 * quad + k] + kXOffset);
+          }
+        }
+      }
+      return;
+  }
+}
+
+static size_t ScratchBytes(const Product& p) {
+  const PackedMatrix& w = *p.w;
+  switch (p.layout) {
+    case Layout::kRows:
+      return 0;
+    case Layout::kTiles:
+      return sizeof(TileScratch);
+    case Layout::kByteRows:
+      return w.value_type == ValueType::kInt4 ? RowsAhead(w) * DecodedBytes(w) : 0;
+    case Layout::kByteTiles:
+      return (DecodedBytes(w) + 63) / 64 * 64 + BlocksOf(w) * kByteRows * (kBlock + 8);
+  }
+  return 0;
+}
+
+template <ValueType kType>
+static void MultiplyFloats(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+  if (p.layout == Layout::kRows) {
+    if (p.w->encoding == Encoding::kDense) return MultiplyFloatRows<kType, true>(p, begin, end);
+    if (p.w->encoding == Encoding::kBitmask) return MultiplyFloatRows<kType, false>(p, begin, end);
+    return MultiplyIndexRows<kType>(p, begin, end);
+  }
+  if (p.w->encoding == Encoding::kDense) return MultiplyAnyTiles<kType, Encoding::kDense>(p, begin, end, scratch);
+  if (p.w->encoding == Encoding::kBitmask) return MultiplyAnyTiles<kType, Encoding::kBitmask>(p, begin, end, scratch);
+  return MultiplyAnyTiles<kType, Encoding::kIndex16>(p, begin, end, scratch);
+}
+
+template <ValueType kType, bool kIsDense>
+static void MultiplyInts(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+  if (p.layout == Layout::kByteTiles) {
+    if (p.tile == kLanes) return MultiplyByteTiles<kType, kIsDense, 1>(p, begin, end, scratch);
+    return MultiplyByteTiles<kType, kIsDense, 2>(p, begin, end, scratch);
+  }
+  if (p.w->group == 0) return MultiplyIntRows<kType, kIsDense, false>(p, begin, end, scratch);
+  return MultiplyIntRows<kType, kIsDense, true>(p, begin, end, scratch);
+}
+
+static void Multiply(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+  const bool is_dense = p.w->encoding == Encoding::kDense;
+  switch (p.w->value_type) {
+    case ValueType::kFloat32:
+      return MultiplyFloats<ValueType::kFloat32>(p, begin, end, scratch);
+    case ValueType::kFloat16:
+      return MultiplyFloats<ValueType::kFloat16>(p, begin, end, scratch);
+    case ValueType::kBFloat16:
+      return MultiplyFloats<ValueType::kBFloat16>(p, begin, end, scratch);
+    case ValueType::kInt8:
+      if (p.w->encoding == Encoding::kIndex16) {
+        if (p.layout == Layout::kRows) return MultiplyIndexRows<ValueType::kInt8>(p, begin, end);
+        return MultiplyAnyTiles<ValueType::kInt8, Encoding::kIndex16>(p, begin, end, scratch);
+      }
+      if (is_dense) return MultiplyInts<ValueType::kInt8, true>(p, begin, end, scratch);
+      return MultiplyInts<ValueType::kInt8, false>(p, begin, end, scratch);
+    case ValueType::kInt4:
+      if (is_dense) return MultiplyInts<ValueType::kInt4, true>(p, begin, end, scratch);
+      return MultiplyInts<ValueType::kInt4, false>(p, begin, end, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace OWL_TARGET
+
+extern const Kernels OWL_KERNELS;
+const Kernels OWL_KERNELS = {OWL_TARGET::kName, OWL_TARGET::ChooseLayout, OWL_TARGET::Prepare, OWL_TARGET::ScratchBytes,
+                             OWL_TARGET::Multiply};
+
+}  // namespace owl

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#define OWL_TARGET portable
+#define OWL_KERNELS kPortableKernels
+
+#include "lanes-tables.h"
+
+namespace owl::portable {
+static constexpr char kName[] = "portable";
+}
+
+#include "lanes-portable.h"
+#include "sparse_matmul-inl.h"
