@@ -110,26 +110,36 @@ static inline void MulAdd(Acc& acc, const Block& block, const float* x) {
 }
 
 template <ValueType kType>
-static inline float IndexDot(const uint8_t* columns, const uint8_t* values, size_t n, const float* x) {
+static inline void IndexDots(const IndexRow (&rows)[4], const float* x, float* sums) {
   constexpr size_t kSize = kType == ValueType::kFloat32 ? 4 : kType == ValueType::kInt8 ? 1 : 2;
-  __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-  const auto gather = [&](size_t e) {
-    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns + 2 * e));
-    return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(at), x, 4);
+  __m512 acc[4];
+  size_t shared = rows[0].n;
+  for (size_t r = 0; r < 4; ++r) {
+    acc[r] = _mm512_setzero_ps();
+    shared = rows[r].n < shared ? rows[r].n : shared;
+  }
+  const auto add = [&](size_t r, size_t e) {
+    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r].columns + 2 * e));
+    const __m512 found = _mm512_i32gather_ps(_mm512_cvtepu16_epi32(at), x, 4);
+    acc[r] = _mm512_fmadd_ps(found, Load16<kType>(rows[r].values + e * kSize), acc[r]);
   };
   size_t e = 0;
-  for (; e + 32 <= n; e += 32) {
-    even = _mm512_fmadd_ps(gather(e), Load16<kType>(values + e * kSize), even);
-    odd = _mm512_fmadd_ps(gather(e + 16), Load16<kType>(values + (e + 16) * kSize), odd);
+  for (; e + 16 <= shared; e += 16) {
+    for (size_t r = 0; r < 4; ++r) add(r, e);
   }
-  for (; e < n; e += 16) {
+  for (size_t r = 0; r < 4; ++r) {
+    size_t rest = e;
+    for (; rest + 16 <= rows[r].n; rest += 16) add(r, rest);
+    if (rest == rows[r].n) continue;
     // The last columns: what lies behind the list is neither a column nor a value.
-    const __mmask16 mask = static_cast<__mmask16>(n - e < 16 ? (1U << (n - e)) - 1 : 0xFFFF);
-    const __m256i at = _mm256_maskz_loadu_epi16(mask, columns + 2 * e);
+    const __mmask16 mask = static_cast<__mmask16>((1U << (rows[r].n - rest)) - 1);
+    const __m256i at = _mm256_maskz_loadu_epi16(mask, rows[r].columns + 2 * rest);
     const __m512 found = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, _mm512_cvtepu16_epi32(at), x, 4);
-    even = _mm512_fmadd_ps(found, _mm512_maskz_mov_ps(mask, Load16<kType>(values + e * kSize)), even);
+    const __m512 values = _mm512_maskz_mov_ps(mask, Load16<kType>(rows[r].values + rest * kSize));
+    acc[r] = _mm512_fmadd_ps(found, values, acc[r]);
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+  const Acc all[4] = {{acc[0]}, {acc[1]}, {acc[2]}, {acc[3]}};
+  Sums(all, sums);
 }
 
 template <ValueType kType>

@@ -125,6 +125,10 @@ static inline float IndexDot(const uint8_t* columns, const uint8_t* values, size
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
+template <ValueType kType>
+static inline void IndexDots(const IndexRow (&rows)[4], const float* x, float* sums) {
+  for (size_t r = 0; r < 4; ++r) sums[r] = IndexDot<kType>(rows[r].columns, rows[r].values, rows[r].n, x);
+}
 
 static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
   size_t n = 0;

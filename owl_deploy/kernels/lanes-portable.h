@@ -111,6 +111,10 @@ static inline float IndexDot(const uint8_t* columns, const uint8_t* values, size
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
+template <ValueType kType>
+static inline void IndexDots(const IndexRow (&rows)[4], const float* x, float* sums) {
+  for (size_t r = 0; r < 4; ++r) sums[r] = IndexDot<kType>(rows[r].columns, rows[r].values, rows[r].n, x);
+}
 
 template <ValueType kType>
 static inline void ConvertValues(const uint8_t* values, size_t n, float* out) {

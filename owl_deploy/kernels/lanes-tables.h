@@ -23,6 +23,13 @@ constexpr ShuffleTable MakeShuffleTable() {
 }
 static constexpr ShuffleTable kShuffle = MakeShuffleTable();
 
+// A row of W as a list of columns (uint16) and their values.
+struct IndexRow {
+  const uint8_t* columns;
+  const uint8_t* values;
+  size_t n;
+};
+
 // How a block of X becomes int8: x * inverse rounded, and scale to go back. A block with a number that is not finite
 // becomes zeros with a scale that is not one, so that its row of Y is not a number either.
 struct RoundingScale {

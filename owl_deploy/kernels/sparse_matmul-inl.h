@@ -143,24 +143,29 @@ static void MultiplyFloatRows(const Product& p, size_t begin, size_t end) {
 
 template <ValueType kType>
 static void MultiplyIndexRows(const Product& p, size_t begin, size_t end) {
+  constexpr size_t kRows = 4;  // side by side, so that they find the same columns of X in the first cache
   const PackedMatrix& w = *p.w;
-  for (size_t row = begin; row < end; ++row) {
-    const uint8_t* record = w.data + RecordOffset(w, row);
-    const size_t n = LoadU32(record);
-    const uint8_t* columns = record + 4;
-    const uint8_t* values = columns + (2 * n + 3) / 4 * 4;
-    if (row + 1 < end) {
-      const uint8_t* stop = w.data + RecordOffset(w, row + 1);
-      const uint8_t* last = w.data + RecordOffset(w, end);
-      for (const uint8_t* at = record + kPrefetch; at < stop + kPrefetch && at < last; at += 64) {
-        __builtin_prefetch(at, 0, 2);
-      }
+  const uint8_t* last = w.data + RecordOffset(w, end);
+  for (size_t row = begin; row < end; row += kRows) {
+    const size_t n_rows = end - row < kRows ? end - row : kRows;
+    IndexRow rows[kRows] = {};
+    for (size_t r = 0; r < n_rows; ++r) {
+      const uint8_t* record = w.data + RecordOffset(w, row + r);
+      const size_t n = LoadU32(record);
+      rows[r] = {record + 4, record + 4 + (2 * n + 3) / 4 * 4, n};
     }
-    float scale = 1;
-    if constexpr (kType == ValueType::kInt8) scale = LoadF32(w.row_scales + 4 * row);
+    const uint8_t* from = w.data + RecordOffset(w, row);
+    const uint8_t* until = w.data + RecordOffset(w, row + n_rows);
+    const size_t ahead = static_cast<size_t>(until - from) > kPrefetch ? static_cast<size_t>(until - from) : kPrefetch;
+    for (const uint8_t* at = from + ahead; at < until + ahead && at < last; at += 64) __builtin_prefetch(at, 0, 2);
     for (size_t i = 0; i < p.m; ++i) {
-      const float sum = IndexDot<kType>(columns, values, n, p.floats + i * p.stride);
-      p.y[i * w.n_rows + row] = scale * sum + (p.bias == nullptr ? 0 : p.bias[row]);
+      float sums[kRows];
+      IndexDots<kType>(rows, p.floats + i * p.stride, sums);
+      float* y = p.y + i * w.n_rows + row;
+      for (size_t r = 0; r < n_rows; ++r) {
+        const float scale = kType == ValueType::kInt8 ? LoadF32(w.row_scales + 4 * (row + r)) : 1;
+        y[r] = scale * sums[r] + (p.bias == nullptr ? 0 : p.bias[row + r]);
+      }
     }
   }
 }
@@ -377,35 +382,29 @@ OWL_INLINE Bytes NextBytes(ByteRow& row, size_t block, size_t n_whole, size_t n_
   return ExpandBytes(reinterpret_cast<const uint8_t*>(&mask), row.values);
 }
 
+// `scales`: what the product of a block is multiplied by; (kBatch, kRows, n_blocks) with group scales, else those of X
+// alone, (kBatch, n_blocks).
 template <bool kIsDense, size_t kRows, size_t kBatch, bool kHasGroups>
-OWL_INLINE Stream IntRows(const Product& p, size_t row, const ByteRow* rows, size_t first, Stream stream) {
+OWL_INLINE Stream IntRows(const Product& p, size_t row, const ByteRow* rows, size_t first, const float* scales,
+                          Stream stream) {
   const PackedMatrix& w = *p.w;
   const size_t n_blocks = BlocksOf(w), n_whole = w.n_columns / kBlock, n_tail = w.n_columns % kBlock;
-  const size_t blocks_per_group = kHasGroups ? w.group / kBlock : 1;
   Acc sums[kBatch][kRows];
   for (size_t b = 0; b < kBatch; ++b) {
     for (size_t r = 0; r < kRows; ++r) sums[b][r] = Zero();
   }
   const int8_t* x = reinterpret_cast<const int8_t*>(p.bytes) + first * p.stride;
-  const float* x_scales = p.scales + first * n_blocks;
   ByteRow source[kRows];
   for (size_t r = 0; r < kRows; ++r) source[r] = rows[r];
-  for (size_t j = 0, group = 0, left = blocks_per_group; j < n_blocks; ++j) {
+  for (size_t j = 0; j < n_blocks; ++j) {
     stream.Advance();
     Bytes blocks[kRows];
-    float scales[kRows];
-    for (size_t r = 0; r < kRows; ++r) {
-      blocks[r] = NextBytes<kIsDense>(source[r], j, n_whole, n_tail);
-      scales[r] = kHasGroups ? static_cast<float>(source[r].groups[group]) : 1.0F;
-    }
+    for (size_t r = 0; r < kRows; ++r) blocks[r] = NextBytes<kIsDense>(source[r], j, n_whole, n_tail);
     for (size_t b = 0; b < kBatch; ++b) {
       const XBytes bytes = LoadX(x + b * p.stride + kBlock * j);
-      const float scale = x_scales[b * n_blocks + j];
-      for (size_t r = 0; r < kRows; ++r) DotAdd(sums[b][r], blocks[r], bytes, kHasGroups ? scale * scales[r] : scale);
-    }
-    if (kHasGroups && --left == 0) {
-      left = blocks_per_group;
-      ++group;
+      for (size_t r = 0; r < kRows; ++r) {
+        DotAdd(sums[b][r], blocks[r], bytes, scales[(kHasGroups ? b * kRows + r : b) * n_blocks + j]);
+      }
     }
   }
   for (size_t b = 0; b < kBatch; ++b) {
@@ -418,13 +417,48 @@ OWL_INLINE Stream IntRows(const Product& p, size_t row, const ByteRow* rows, siz
   return stream;
 }
 
+// The scales of blocks times those of groups, for some rows of W and one of X.
+OWL_INLINE void CombineScales(const PackedMatrix& w, const ByteRow* rows, size_t n_rows, const float* x_scales,
+                              float* scales) {
+  const size_t n_blocks = BlocksOf(w), blocks_per_group = w.group / kBlock;
+  for (size_t r = 0; r < n_rows; ++r, scales += n_blocks) {
+    const uint8_t* groups = rows[r].groups;
+    if (blocks_per_group == 1) {
+      for (size_t j = 0; j < n_blocks; ++j) scales[j] = x_scales[j] * static_cast<float>(groups[j]);
+      continue;
+    }
+    for (size_t j = 0, left = blocks_per_group; j < n_blocks; ++j) {
+      scales[j] = x_scales[j] * static_cast<float>(*groups);
+      if (--left == 0) {
+        left = blocks_per_group;
+        ++groups;
+      }
+    }
+  }
+}
+
+template <bool kIsDense, size_t kRows, size_t kBatch, bool kHasGroups>
+OWL_INLINE Stream ScaledIntRows(const Product& p, size_t row, const ByteRow* rows, size_t first, float* memory,
+                                Stream stream) {
+  const size_t n_blocks = BlocksOf(*p.w);
+  const float* scales = p.scales + first * n_blocks;
+  if (kHasGroups) {
+    for (size_t b = 0; b < kBatch; ++b) {
+      CombineScales(*p.w, rows, kRows, scales + b * n_blocks, memory + b * kRows * n_blocks);
+    }
+    scales = memory;
+  }
+  return IntRows<kIsDense, kRows, kBatch, kHasGroups>(p, row, rows, first, scales, stream);
+}
+
 template <bool kIsDense, size_t kBatch, bool kHasGroups>
-static Stream AllIntRows(const Product& p, size_t row, size_t n, const ByteRow* rows, size_t first, Stream stream) {
+static Stream AllIntRows(const Product& p, size_t row, size_t n, const ByteRow* rows, size_t first, float* memory,
+                         Stream stream) {
   size_t r = 0;
   for (; r + kRowsSingle <= n; r += kRowsSingle) {
-    stream = IntRows<kIsDense, kRowsSingle, kBatch, kHasGroups>(p, row + r, rows + r, first, stream);
+    stream = ScaledIntRows<kIsDense, kRowsSingle, kBatch, kHasGroups>(p, row + r, rows + r, first, memory, stream);
   }
-  for (; r < n; ++r) stream = IntRows<kIsDense, 1, kBatch, kHasGroups>(p, row + r, rows + r, first, stream);
+  for (; r < n; ++r) stream = ScaledIntRows<kIsDense, 1, kBatch, kHasGroups>(p, row + r, rows + r, first, memory, stream);
   return stream;
 }
 
@@ -435,22 +469,32 @@ OWL_INLINE size_t RowsAhead(const PackedMatrix& w) {
   return rows < kRowsSingle ? kRowsSingle : rows > 16 ? 16 : rows / kRowsSingle * kRowsSingle;
 }
 
+// Of two rows of X, with group scales.
+OWL_INLINE size_t ScaleBytes(const PackedMatrix& w) {
+  return w.group == 0 ? 0 : (2 * kRowsSingle * BlocksOf(w) * sizeof(float) + 63) / 64 * 64;
+}
+
 template <ValueType kType, bool kIsDense, bool kHasGroups>
 static void MultiplyIntRows(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
   const PackedMatrix& w = *p.w;
   const size_t n_blocks = BlocksOf(w), n_ahead = RowsAhead(w);
+  float* memory = reinterpret_cast<float*>(scratch);
+  int8_t* decoded = reinterpret_cast<int8_t*>(scratch) + ScaleBytes(w);
   ByteRow rows[16];
   Stream stream = Stream::Of(w, begin, end, kRowsSingle, n_blocks);
   for (size_t row = begin; row < end; row += n_ahead) {
     const size_t n = end - row < n_ahead ? end - row : n_ahead;
     for (size_t r = 0; r < n; ++r) {
-      int8_t* decoded = reinterpret_cast<int8_t*>(scratch) + r * DecodedBytes(w);
-      rows[r] = OpenByteRow<kType, kIsDense>(w, row + r, n_blocks, decoded);
+      rows[r] = OpenByteRow<kType, kIsDense>(w, row + r, n_blocks, decoded + r * DecodedBytes(w));
     }
     size_t first = 0;
     Stream after = stream;
-    for (; first + 2 <= p.m; first += 2) after = AllIntRows<kIsDense, 2, kHasGroups>(p, row, n, rows, first, stream);
-    for (; first < p.m; ++first) after = AllIntRows<kIsDense, 1, kHasGroups>(p, row, n, rows, first, stream);
+    for (; first + 2 <= p.m; first += 2) {
+      after = AllIntRows<kIsDense, 2, kHasGroups>(p, row, n, rows, first, memory, stream);
+    }
+    for (; first < p.m; ++first) {
+      after = AllIntRows<kIsDense, 1, kHasGroups>(p, row, n, rows, first, memory, stream);
+    }
     stream = after;
   }
 }
@@ -588,7 +632,7 @@ static size_t ScratchBytes(const Product& p) {
     case Layout::kTiles:
       return sizeof(TileScratch);
     case Layout::kByteRows:
-      return w.value_type == ValueType::kInt4 ? RowsAhead(w) * DecodedBytes(w) : 0;
+      return ScaleBytes(w) + (w.value_type == ValueType::kInt4 ? RowsAhead(w) * DecodedBytes(w) : 0);
     case Layout::kByteTiles:
       return (DecodedBytes(w) + 63) / 64 * 64 + BlocksOf(w) * kByteRows * (kBlock + 8);
   }

@@ -9,6 +9,8 @@ stdin, one answer per line on the first stdout; whatever an engine prints goes t
     {"command": "forward", "tokens": [...], "past_len": P, "logits": FILE.npy}
         -> {} and the logits (T, vocab) float32 in the file
     {"command": "measure", "tokens": [...], "past_len": P, "n_samples": N} -> {"ns": [...]}
+    {"command": "open-graph", "model": FILE, "threads": N, "shape": [...], "operators": FILE.so or null} -> {}
+    {"command": "measure-graph", "n_samples": N, "output": FILE.npy or null} -> {"ns": [...]}
     {"command": "memory"} -> {"peak_rss_bytes": ...}
     {"command": "check-sparse", "model": FILE} -> what SparseML reads (bridge environment only)
 
@@ -64,6 +66,19 @@ class Worker:
     def measure(self, request):
         tokens = np.asarray(request["tokens"], dtype=np.int64)
         return {"ns": [int(ns) for ns in self.session.measure(tokens, request["past_len"], request["n_samples"])]}
+
+    def open_graph(self, request):
+        from graph_session import GraphSession
+
+        self.session = GraphSession(
+            self.engine, request["model"], request["threads"], request["shape"], request["operators"]
+        )
+        return {}
+
+    def measure_graph(self, request):
+        if request["output"]:
+            self.session.save(request["output"])
+        return {"ns": self.session.measure(request["n_samples"])}
 
     def memory(self, request):
         return {"peak_rss_bytes": peak_rss_bytes()}
