@@ -44,7 +44,8 @@ _OUTSIDE_CLOCK = (
 _BYTES_PER_STEP = (
     "weights that one decode step multiplies plus the keys and values it reads; ONNX Runtime holds sparse "
     "initializers densely, "
-    "so all elements count; DeepSparse's format is not public, so its non-zero values alone count, a lower bound"
+    "so all elements count; packed matrices count as they lie in the file; DeepSparse's format is not public, so its "
+    "non-zero values alone count, a lower bound"
 )
 _STABLE = 0.05
 _MAX_WARMUPS = 8

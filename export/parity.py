@@ -120,7 +120,7 @@ def check_parity(
 def _coarsest_precision(artifact: OnnxArtifact) -> str:
     """Return the precision of the blocks or of the head, whichever has fewer bits."""
     precision = artifact.facts.precision
-    found = (precision, artifact.manifest.get("head_precision", precision))
+    found = (precision, artifact.manifest["settings"]["head_precision"])
     return max(found, key=list(MAX_RELATIVE_DIFFERENCE).index)
 
 

@@ -25,7 +25,7 @@ from owl_deploy.export.machine_class import this_machine_class
 from owl_deploy.export.onnxruntime_graph import onnxruntime_graph, sparse_operator_graph
 from owl_deploy.export.packed_initializers import write_packed_initializers
 from owl_deploy.export.parity import check_parity
-from owl_deploy.files import folder_bytes, new_folder, write_json
+from owl_deploy.files import file_sha256, folder_bytes, new_folder, write_json
 from owl_deploy.kernels import library_path
 from owl_deploy.progress import OnStep, silent
 from owl_deploy.recipe import ExportSettings, Precision
@@ -34,7 +34,7 @@ from owl_deploy.text import Encoder
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import versions
 
-__all__ = ["export_onnx", "export_summary", "export_versions"]
+__all__ = ["artifact_identity", "export_onnx", "export_summary", "export_versions"]
 
 Graph = Callable[[Decoder], tuple[onnx.ModelProto, dict[str, WeightSource]]]
 _GRAPHS: dict[str, Graph] = {"onnxruntime": onnxruntime_graph, "deepsparse": deepsparse_graph}
@@ -122,6 +122,25 @@ def export_summary(artifact: OnnxArtifact) -> dict[str, Any]:
 def export_versions() -> dict[str, str]:
     """Return the versions that an artifact depends on."""
     return versions("onnx", "onnxscript", "onnxruntime", "torch", "transformers")
+
+
+def artifact_identity(checkpoint: Checkpoint, settings: ExportSettings) -> dict[str, Any]:
+    """Return the part of a manifest that two artifacts share if one can stand for the other.
+
+    Raises:
+        EngineUnavailableError: the operator library is wanted and not here.
+    """
+    is_packed = settings.weights == "sparse-operator"
+    return {
+        "settings": {
+            **settings.model_dump(mode="json", include=set(ExportSettings.model_fields)),
+            "head_precision": _head_precision(settings),
+            "machine": _machine(settings) if is_packed else None,
+        },
+        "operator_sha256": file_sha256(library_path()) if is_packed else None,
+        "checkpoint_sha256": checkpoint.fingerprint,
+        "versions": export_versions(),
+    }
 
 
 def _write_plain(
@@ -218,19 +237,13 @@ def _manifest(
         "dense": sum(m.shape[0] * m.shape[1] for m in multiplied) * 4,
         "nonzero": 4 * sum(m.n_nonzeros for m in multiplied),
     }
-    packing: dict[str, Any] = {}
     if settings.weights == "sparse-operator":
         step_bytes["stored"] = sum(m.bytes for m in multiplied)  # the operator reads what lies in the file
-        packing = {
-            "head_precision": _head_precision(settings),
-            "encoding": settings.encoding,
-            "machine": _machine(settings),
-        }
     return {
         "kind": "artifact",
         "format_version": 1,
         **settings.model_dump(mode="json", include={"target", "weights", "precision"}),
-        **packing,
+        **artifact_identity(checkpoint, settings),
         "model_type": decoder.model_type,
         "n_blocks": decoder.n_blocks,
         "n_kv_heads": decoder.n_kv_heads,
@@ -255,8 +268,6 @@ def _manifest(
             }
             for matrix in matrices
         ],
-        "checkpoint_sha256": checkpoint.fingerprint,
-        "versions": export_versions(),
         "checkpoint": lineage,
         "parity": None,
     }

@@ -16,7 +16,7 @@ from typing import Any
 from owl_deploy.artifact import OnnxArtifact, is_artifact, open_artifact
 from owl_deploy.bench.run import run_bench
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.export.writer import export_onnx, export_versions
+from owl_deploy.export.writer import artifact_identity, export_onnx
 from owl_deploy.files import file_sha256
 from owl_deploy.progress import OnStep, silent
 from owl_deploy.pruning import prune, prune_versions
@@ -129,11 +129,8 @@ def _artifact(
     """Return an artifact, exporting first where it is not there."""
     path = folder / settings.name
     checkpoint = open_checkpoint(model, offline=offline)
-    wanted = {
-        **settings.model_dump(mode="json", include={"target", "weights", "precision"}),
-        "checkpoint_sha256": checkpoint.fingerprint,
-        "versions": export_versions(),
-    }
+    export_settings = ExportSettings(**settings.model_dump(exclude={"name", "checkpoint"}))
+    wanted = artifact_identity(checkpoint, export_settings)
     if (
         not force
         and is_artifact(path)
@@ -142,7 +139,6 @@ def _artifact(
     ):
         log.info("reusing the artifact %s", path)
         return path
-    export_settings = ExportSettings(**settings.model_dump(exclude={"name", "checkpoint"}))
     artifact = export_onnx(
         model, export_settings, out=path, threads=recipe.threads, force=True, offline=offline, on_step=on_step
     )

@@ -53,13 +53,13 @@ def print_evaluation(model: str, facts: dict[str, Any]) -> None:
 def print_artifact(summary: dict[str, Any]) -> None:
     """Print what each kind of matrix took, and the totals."""
     for matrix in summary["matrices"]:
-        if matrix["encoding"] != "dense":
+        if not matrix["encoding"].endswith("dense"):
             shape = "x".join(map(str, matrix["shape"]))
             click.echo(
                 f"{matrix['name']} {shape} sparsity {matrix['sparsity']:.3f}: {matrix['encoding']}, "
                 f"predicted {matrix['predicted_bytes']} bytes, took {matrix['bytes']}"
             )
-    n_dense = sum(matrix["encoding"] == "dense" for matrix in summary["matrices"])
+    n_dense = sum(matrix["encoding"].endswith("dense") for matrix in summary["matrices"])
     click.echo(f"{n_dense} of {len(summary['matrices'])} matrices are dense")
     click.echo(
         f"{summary['bytes_on_disk'] / 1e6:.1f} MB on disk, {summary['bytes_dense'] / 1e6:.1f} MB as dense float32"

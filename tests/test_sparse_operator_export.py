@@ -384,7 +384,7 @@ def test_head_has_a_precision_of_its_own(
     precisions = {matrix["name"]: matrix["precision"] for matrix in artifact.manifest["matrices"]}
     assert precisions.pop("model.embed_tokens.weight.packed") == head_precision
     assert set(precisions.values()) == {precision}
-    assert artifact.manifest["head_precision"] == head_precision
+    assert artifact.manifest["settings"]["head_precision"] == head_precision
     packed = initializers(artifact)["model.embed_tokens.weight.packed"]
     assert PackedHeader.from_bytes(packed.tobytes()).precision == head_precision
 
@@ -426,7 +426,7 @@ def test_manifest_agrees_with_the_files_and_the_model(
         assert 0 <= matrix["bytes"] - matrix["predicted_bytes"] < 10 * header.shape[0]
         assert matrix["sparsity"] == pytest.approx(SPARSITY if ".layers." in key else 0.0, abs=0.03)
     assert (facts.weights, facts.precision) == ("sparse-operator", precision)
-    assert (manifest["encoding"], manifest["machine"]) == ("auto", this_machine_class())
+    assert (manifest["settings"]["encoding"], manifest["settings"]["machine"]) == ("auto", this_machine_class())
 
 
 def test_bench_counts_the_bytes_that_are_stored(sparse_model: SparseModel, any_library: Path, tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_auto_asks_the_cost_model_of_the_named_machine_class(
     machine: Any, sparse_model: SparseModel, any_library: Path, tmp_path: Path
 ) -> None:
     artifact = export(sparse_model("untied"), tmp_path / "artifact", precision="int8", machine=machine)
-    assert artifact.manifest["machine"] == machine
+    assert artifact.manifest["settings"]["machine"] == machine
     for matrix in artifact.manifest["matrices"]:
         if matrix["name"] != "model.embed_tokens.weight":  # which is gathered, so dense
             n_elements = matrix["shape"][0] * matrix["shape"][1]
