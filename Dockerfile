@@ -5,7 +5,8 @@
 #       bench /models/artifact --baseline artifact --out report/run   # report/: writable for uid 10001
 #
 # Build arguments: BASE, any Debian-like image with python3 >= 3.10, its venv module and useradd; BUILD_BASE, the same
-# with g++ for the builder (default: BASE; g++ is then installed from Debian's packages if it is missing); EXTRAS, extras of the wheel ("serve", "prune,serve"); VERSION and REVISION, for the labels.
+# with g++ for the builder (default: BASE; g++ is then installed from Debian's packages if it is missing); EXTRAS, extras
+# of the wheel ("serve", "prune,serve"); VERSION and REVISION, for the labels.
 # Where packages come from a private index, hand pip's settings in as a secret, which no layer keeps:
 #   docker build --secret id=pip_conf,src=pip.conf -t owl-deploy .
 ARG BASE=docker.io/library/python:3.11-slim-bookworm

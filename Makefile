@@ -1,6 +1,6 @@
 # make demo: set up everything, then run the whole line on a real model.
 # make test: set up everything, then run lint, types and the tests of kernels and package.
-# make bench-kernels: time the kernels alone.
+# make bench-kernels: time the kernels alone, then single products in every engine.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 KERNELS := owl_deploy/kernels
 KERNEL_SOURCES := $(wildcard $(KERNELS)/*.cc $(KERNELS)/*.h) $(KERNELS)/CMakeLists.txt
 FUZZ_SECONDS ?= 30
-# Of an emulator's time, not of the machine's: every tenth case.
+# An emulator is slow: it runs every tenth case.
 EMULATED_SHARE ?= 10
 BENCH_ARGUMENTS ?=
 
@@ -51,8 +51,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy owl_deploy tests
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)/*.cc $(KERNELS)/*.h
 
 format: setup
+	$(BIN)/clang-format -i $(KERNELS)/*.cc $(KERNELS)/*.h
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -76,10 +78,11 @@ kernels-aarch64: setup
 	$(QEMU) build/$@/packed_matrix_test $(EMULATED_SHARE)
 	$(QEMU) build/$@/sparse_matmul_test $(EMULATED_SHARE)
 
-bench-kernels: setup
+bench-kernels: setup bridge
 	$(CONFIGURE) -B build/kernels-test
 	$(BUILD) build/kernels-test --target bench_kernels
 	build/kernels-test/bench_kernels $(BENCH_ARGUMENTS)
+	$(BIN)/python -m owl_deploy.bench.matmul
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache

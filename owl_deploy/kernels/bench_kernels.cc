@@ -126,7 +126,8 @@ std::vector<uint8_t> RandomMatrix(size_t rows, size_t columns, double sparsity, 
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
       if (type == ValueType::kFloat32) std::memcpy(&data[begin + 4 * i], &value, 4);
-      const uint16_t half = static_cast<uint16_t>(0x3C00 | (random() & 0x3FF)), brain = static_cast<uint16_t>(bits >> 16);
+      const uint16_t half = static_cast<uint16_t>(0x3C00 | (random() & 0x3FF)),
+                     brain = static_cast<uint16_t>(bits >> 16);
       if (type == ValueType::kFloat16) std::memcpy(&data[begin + 2 * i], &half, 2);
       if (type == ValueType::kBFloat16) std::memcpy(&data[begin + 2 * i], &brain, 2);
       if (type == ValueType::kInt8) data[begin + i] = static_cast<uint8_t>(static_cast<int>(random() % 255) - 127);
@@ -226,8 +227,8 @@ int main(int argc, char** argv) {
     if (flag == "--m") options.m = List(value, ParseSize);
     if (flag == "--sparsity") options.sparsity = List(value, ParseDouble);
   }
-  std::printf("target %s, %zu threads, W %zu x %zu\n", owl::ChosenTarget(nullptr).c_str(), options.threads, options.rows,
-              options.columns);
+  std::printf("target %s, %zu threads, W %zu x %zu\n", owl::ChosenTarget(nullptr).c_str(), options.threads,
+              options.rows, options.columns);
   Pool pool(options.threads);
   const double positions = static_cast<double>(options.rows * options.columns);
   for (const double sparsity : options.sparsity) {
@@ -254,8 +255,8 @@ int main(int argc, char** argv) {
       for (size_t round = 0; round < options.rounds; ++round) {
         for (Case& c : cases) Round(c, x, m, y, pool);
       }
-      std::printf("\nsparsity %.2f, M = %zu\n%-18s %10s %10s %8s %9s %8s %16s\n", sparsity, m, "weights", "ms", "best ms",
-                  "GB/s", "GFLOP/s", "ratio", "best ns/64");
+      std::printf("\nsparsity %.2f, M = %zu\n%-18s %10s %10s %8s %9s %8s %16s\n", sparsity, m, "weights", "ms",
+                  "best ms", "GB/s", "GFLOP/s", "ratio", "best ns/64");
       for (const Case& c : cases) {
         const double seconds = c.Median();
         std::vector<double> ratios;

@@ -24,8 +24,8 @@ struct Product {
   const PackedMatrix* w = nullptr;
   size_t m = 0;
   Layout layout = Layout::kRows;
-  size_t tile = 0;              // rows of X per tile
-  size_t stride = 0;            // kRows, kByteRows: elements from one row of X to the next
+  size_t tile = 0;    // rows of X per tile
+  size_t stride = 0;  // kRows, kByteRows: elements from one row of X to the next
   const float* floats = nullptr;
   const uint8_t* bytes = nullptr;
   const float* scales = nullptr;

@@ -151,9 +151,10 @@ static inline void ConvertValues(const uint8_t* values, size_t n, float* out) {
 static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
   const size_t n = static_cast<size_t>(__builtin_popcountll(mask));
 #if OWL_VBMI2
-  alignas(64) static constexpr uint8_t kColumns[64] = {
-      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
-      32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  alignas(64) static constexpr uint8_t kColumns[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                       16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+                                                       32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
+                                                       48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
   const __m512i all = _mm512_load_si512(kColumns);
   _mm512_storeu_si512(columns, _mm512_mask_compress_epi8(ClearedInt(), mask, all));
 #else

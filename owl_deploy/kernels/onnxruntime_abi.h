@@ -1,7 +1,7 @@
 // The part of ONNX Runtime's C interface that the operator calls, declared here because no package carries the headers.
 //
-// Nothing is linked: ONNX Runtime hands over a table of function pointers, which only ever grows at its end. The numbers
-// below are positions in that table, as of version 29 of the interface (ONNX Runtime 1.31).
+// Nothing is linked: ONNX Runtime hands over a table of function pointers, which only ever grows at its end. The
+// numbers below are positions in that table, as of version 29 of the interface (ONNX Runtime 1.31).
 //
 // SPDX-License-Identifier: Apache-2.0
 #ifndef OWL_DEPLOY_ONNXRUNTIME_ABI_H_
@@ -58,7 +58,9 @@ inline Status* AddCustomOpDomain(const Api* api, SessionOptions* options, Custom
 inline Status* GetTensorMutableData(const Api* api, Value* value, void** out) {
   return At<51, Status* (*)(Value*, void**)>(api)(value, out);
 }
-inline Status* CreateTensorInfo(const Api* api, TensorInfo** out) { return At<57, Status* (*)(TensorInfo**)>(api)(out); }
+inline Status* CreateTensorInfo(const Api* api, TensorInfo** out) {
+  return At<57, Status* (*)(TensorInfo**)>(api)(out);
+}
 inline Status* SetElementType(const Api* api, TensorInfo* info, ElementType type) {
   return At<58, Status* (*)(TensorInfo*, ElementType)>(api)(info, type);
 }
@@ -88,7 +90,8 @@ inline Status* GetInput(const Api* api, const KernelContext* context, size_t ind
 }
 inline Status* GetOutput(const Api* api, KernelContext* context, size_t index, const int64_t* dims, size_t n,
                          Value** out) {
-  return At<91, Status* (*)(KernelContext*, size_t, const int64_t*, size_t, Value**)>(api)(context, index, dims, n, out);
+  return At<91, Status* (*)(KernelContext*, size_t, const int64_t*, size_t, Value**)>(api)(context, index, dims, n,
+                                                                                           out);
 }
 inline void ReleaseStatus(const Api* api, Status* status) { At<93, void (*)(Status*)>(api)(status); }
 inline void ReleaseTensorInfo(const Api* api, TensorInfo* info) { At<99, void (*)(TensorInfo*)>(api)(info); }

@@ -1,4 +1,5 @@
-// owl_deploy.SparseMatMul for ONNX Runtime: checks what it is given, then calls the product on the session's own threads.
+// owl_deploy.SparseMatMul for ONNX Runtime: checks what it is given, then calls the product on the session's own
+// threads.
 //
 // Inputs: X float32 [..., K]; W uint8 [bytes], a constant packed matrix (FORMAT.md) of N rows and K columns; optional
 // bias float32 [N]. Attributes: N, K. Output: Y float32 [..., N].
@@ -276,8 +277,8 @@ Status* Register(ort::SessionOptions* options, const Api* api) {
 }  // namespace
 }  // namespace owl
 
-extern "C" __attribute__((visibility("default"))) owl::ort::Status* RegisterCustomOps(
-    owl::ort::SessionOptions* options, const owl::ort::ApiBase* base) {
+extern "C" __attribute__((visibility("default"))) owl::ort::Status* RegisterCustomOps(owl::ort::SessionOptions* options,
+                                                                                      const owl::ort::ApiBase* base) {
   const owl::ort::Api* api = base->GetApi(owl::ort::kApiVersion);
   if (api != nullptr) return owl::Register(options, api);
   // CreateStatus has been first in the table since version 1.

@@ -1,8 +1,8 @@
 // The algorithm, written once. Every target file defines OWL_TARGET, includes its lanes and then this.
 //
-// Lanes give: kName, kLanes (floats in a Vec), kRowsSingle and kRowsBatch (rows of W taken together), kMaxBatch (rows of
-// X against one expanded block), kByteTileFrom (rows of X from which bytes go in tiles), kXOffset (what is added to the
-// bytes of a tile), and the types and functions used below. A block is 64 columns throughout.
+// Lanes give: kName, kLanes (floats in a Vec), kRowsSingle and kRowsBatch (rows of W taken together), kMaxBatch (rows
+// of X against one expanded block), kByteTileFrom (rows of X from which bytes go in tiles), kXOffset (what is added to
+// the bytes of a tile), and the types and functions used below. A block is 64 columns throughout.
 //
 // Everything is static: an inline function of another target must not be merged with one of this.
 //
@@ -17,9 +17,9 @@ namespace {
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float VecMem __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // in memory, anywhere
 
-constexpr size_t kGroupRows = 64;        // rows of W whose tile of Y stays in cache: 16 KiB
-constexpr size_t kListsAhead = 8;        // rows whose columns are listed before the first is multiplied, see MultiplyTiles
-constexpr size_t kByteRows = 4;          // rows of W against a tile of bytes: with two vectors 8 int32 sums
+constexpr size_t kGroupRows = 64;  // rows of W whose tile of Y stays in cache: 16 KiB
+constexpr size_t kListsAhead = 8;  // rows whose columns are listed before the first is multiplied, see MultiplyTiles
+constexpr size_t kByteRows = 4;    // rows of W against a tile of bytes: with two vectors 8 int32 sums
 // Bytes ahead, into the second cache: at 50 % float32 8 KiB gave 1.4x over none, 4 KiB 1.35x, 2 KiB 1.1x.
 constexpr size_t kPrefetch = 8192;
 constexpr size_t kMaxPrefetch = 256 * 1024;  // more would push out what was asked for
@@ -46,14 +46,16 @@ OWL_INLINE float LoadF32(const uint8_t* p) {
 }
 OWL_INLINE size_t CountBits(const uint8_t* mask) { return static_cast<size_t>(__builtin_popcountll(LoadU64(mask))); }
 OWL_INLINE size_t BlocksOf(const PackedMatrix& w) { return (w.n_columns + kBlock - 1) / kBlock; }
-OWL_INLINE size_t RecordOffset(const PackedMatrix& w, size_t row) { return size_t{LoadU32(w.row_starts + 4 * row)} * 8; }
+OWL_INLINE size_t RecordOffset(const PackedMatrix& w, size_t row) {
+  return size_t{LoadU32(w.row_starts + 4 * row)} * 8;
+}
 
 OWL_INLINE constexpr size_t SizeOf(ValueType type) {
   return type == ValueType::kFloat32 ? 4 : type == ValueType::kInt8 || type == ValueType::kInt4 ? 1 : 2;
 }
 
-// Asks for the bytes that a thread will need a little later, in step with what it multiplies now. Rows lie one after the
-// other, so a piece of W is one stream; a group of rows that are read side by side must be ahead as a whole.
+// Asks for the bytes that a thread will need a little later, in step with what it multiplies now. Rows lie one after
+// the other, so a piece of W is one stream; a group of rows that are read side by side must be ahead as a whole.
 struct Stream {
   const uint8_t* next;    // first cache line not asked for
   const uint8_t* target;  // moves by `step` with every block
@@ -199,7 +201,8 @@ OWL_INLINE void MulTile(float* sums, const float* panel, const uint8_t* columns,
 
 // The same for rows without zeros, four of them for each load of X; fewer than four repeat the first one.
 template <size_t kVecs>
-OWL_INLINE void MulTileDense(float* sums, const float* panel, const float* const (&values)[4], size_t n, size_t n_rows) {
+OWL_INLINE void MulTileDense(float* sums, const float* panel, const float* const (&values)[4], size_t n,
+                             size_t n_rows) {
   constexpr size_t kStep = kVecs > 4 ? 4 : kVecs;  // vectors at a time: four rows of them are sixteen sums
   constexpr size_t kTile = kVecs * kLanes;
   for (size_t first = 0; first < kVecs; first += kStep) {
@@ -296,7 +299,8 @@ static void MultiplyTiles(const Product& p, size_t begin, size_t end, TileScratc
               const float* values[4];
               for (size_t k = 0; k < 4; ++k) values[k] = scratch.lists[i + k < n_lists ? i + k : i].values;
               const size_t left = n_lists - i;
-              MulTileDense<kVecs>(scratch.sums + (r + i) * kTile, panel, values, scratch.lists[i].n, left < 4 ? left : 4);
+              MulTileDense<kVecs>(scratch.sums + (r + i) * kTile, panel, values, scratch.lists[i].n,
+                                  left < 4 ? left : 4);
             }
             continue;
           }
@@ -458,7 +462,8 @@ static Stream AllIntRows(const Product& p, size_t row, size_t n, const ByteRow* 
   for (; r + kRowsSingle <= n; r += kRowsSingle) {
     stream = ScaledIntRows<kIsDense, kRowsSingle, kBatch, kHasGroups>(p, row + r, rows + r, first, memory, stream);
   }
-  for (; r < n; ++r) stream = ScaledIntRows<kIsDense, 1, kBatch, kHasGroups>(p, row + r, rows + r, first, memory, stream);
+  for (; r < n; ++r)
+    stream = ScaledIntRows<kIsDense, 1, kBatch, kHasGroups>(p, row + r, rows + r, first, memory, stream);
   return stream;
 }
 
@@ -507,9 +512,9 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
   const size_t n_blocks = BlocksOf(w), n_whole = w.n_columns / kBlock, n_tail = w.n_columns % kBlock;
   const size_t padded = n_blocks * kBlock, decoded_bytes = DecodedBytes(w);
   int8_t* decoded = reinterpret_cast<int8_t*>(scratch);
-  int8_t* dense = decoded + (decoded_bytes + 63) / 64 * 64;                           // (kByteRows, padded)
-  float* scales = reinterpret_cast<float*>(dense + kByteRows * padded);               // (n_blocks, kByteRows)
-  int32_t* starts = reinterpret_cast<int32_t*>(scales + kByteRows * n_blocks);        // (n_blocks, kByteRows)
+  int8_t* dense = decoded + (decoded_bytes + 63) / 64 * 64;                     // (kByteRows, padded)
+  float* scales = reinterpret_cast<float*>(dense + kByteRows * padded);         // (n_blocks, kByteRows)
+  int32_t* starts = reinterpret_cast<int32_t*>(scales + kByteRows * n_blocks);  // (n_blocks, kByteRows)
   __builtin_memset(dense, 0, kByteRows * padded);
   for (size_t row = begin; row < end; row += kByteRows) {
     const size_t n_rows = end - row < kByteRows ? end - row : kByteRows;
@@ -548,7 +553,8 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
         }
         for (size_t v = 0; v < kVecs; ++v) {
           const Vec scale = *reinterpret_cast<const VecMem*>(x_scales + j * kTile + v * kLanes);
-          for (size_t r = 0; r < kByteRows; ++r) sums[r][v] += ToFloat(products[r][v]) * (scale * scales[j * kByteRows + r]);
+          for (size_t r = 0; r < kByteRows; ++r)
+            sums[r][v] += ToFloat(products[r][v]) * (scale * scales[j * kByteRows + r]);
         }
       }
       alignas(64) float results[kByteRows][kTile];
