@@ -89,7 +89,10 @@ class PackedGraphWriter(GraphWriter):
         """Multiply `hidden` by several linears stacked by rows; returns one value, their outputs side by side."""
         # q_proj, k_proj and v_proj become q_k_v_proj.
         name = f"{block}.{'_'.join(part.removesuffix('_proj') for part in parts)}_proj"
-        stack = PackedLinear(name, tuple(f"{block}.{part}" for part in parts), self._precision, has_bias=has_bias)
+        # The error of queries and keys passes through softmax: with these in int8 the KL divergence of SmolLM2-135M in
+        # int4 is 0.18 nats instead of 0.30, and 0.07 instead of 0.12 at 60 % sparsity, for 8 to 14 % more bytes.
+        precision = "int8" if self._precision == "int4" and "q_proj" in parts else self._precision
+        stack = PackedLinear(name, tuple(f"{block}.{part}" for part in parts), precision, has_bias=has_bias)
         self.packed[name] = stack
         return [self._product(hidden, stack, n_in, sum(parts.values()))]
 

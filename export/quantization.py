@@ -3,7 +3,8 @@
 In: a matrix of float32 weights whose zeros are pruned. Out: its quantised parts, which
 `kernels/FORMAT.md` says how to read. Bytes and encodings are the business of `packing`.
 
-The error that is made small is that of the weights themselves; activations are not known here.
+No activations are known here. The error that is made small is that of the weights; in four bits the
+columns that pruning spared count more, see `_column_importances`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ _FACTORS = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1)  # tried on each group's scale
 # Elements of rows that are worked on at once. int4 of 10000 x 576 takes 0.22 s of one AVX-512 core so, 0.33 s with
 # 2^13, 0.42 s with 2^22.
 _CHUNK_ELEMENTS = 1 << 17
+# Least threshold that `_column_importances` tells apart, as a share of its row's mean weight: the KL of SmolLM2-135M,
+# 60 % pruned, is 0.12 nats with 0.003 and with 0.01, 0.16 with 0.03. In few rows it is larger, so that a few weights of
+# a column would lie below it by chance.
+_LEAST_THRESHOLD = 0.01
+_CHANCE_WEIGHTS = 6
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,8 @@ def quantize_int8(weight: NDArray[np.float32], group: int = 0) -> Int8Matrix:
 def quantize_int4(weight: NDArray[np.float32], group: int = 64, *, stores_zeros: bool = False) -> Int4Matrix:
     """Round weights to 16 values that are learned from the matrix, times a scale for each group.
 
+    The values and the scales make the squared error small, each column weighed by its importance.
+
     Args:
         weight: (N, K), finite.
         group: columns that share a group scale; 0: one scale for a row.
@@ -106,12 +114,11 @@ def quantize_int4(weight: NDArray[np.float32], group: int = 64, *, stores_zeros:
             where there are any. Otherwise the 16 values are spent on the non-zero weights alone.
     """
     maxima = _group_maxima(weight, group)
-    centroids = _centroids(_histogram(weight, maxima, group, stores_zeros=stores_zeros))
+    importances = _column_importances(weight)
+    histogram = _histogram(weight, maxima, importances, group, stores_zeros=stores_zeros)
+    centroids = _centroids(histogram, has_zero=stores_zeros and not weight.all())
     reach = np.abs(centroids).max()
     codebook = np.rint(centroids * (_LARGEST / reach)).astype(np.int8)
-    if stores_zeros and not weight.all():
-        codebook[np.abs(codebook).argmin()] = 0
-        codebook.sort()
     # Where midpoints of int8 numbers are multiples of a half, a table in steps of a half is exact.
     halves = (np.arange(-2 * _LARGEST - 2, 2 * _LARGEST + 2) + 0.5) / 2
     code_table = np.searchsorted((codebook[1:].astype(np.float64) + codebook[:-1]) / 2, halves).astype(np.uint8)
@@ -121,9 +128,10 @@ def quantize_int4(weight: NDArray[np.float32], group: int = 64, *, stores_zeros:
     row_scales = _row_scales(max(_FACTORS) * units if group else units, group)
     group_scales = np.ones(maxima.shape, np.uint8) if group else None
     codes = np.empty(weight.shape, np.uint8)
+    root_importances = _in_groups(np.sqrt(importances[None]).astype(np.float32), group)
     for rows in _row_chunks(weight.shape):
         blocks = _in_groups(weight[rows], group)
-        stored = _stored(blocks, weight.shape[1], stores_zeros=stores_zeros)
+        counts = root_importances * _stored(blocks, weight.shape[1], stores_zeros=stores_zeros)
         least = np.full(blocks.shape[:2], np.inf)
         best = np.ones(blocks.shape[:2], np.float32)
         relative = units[rows] / row_scales[rows, None]
@@ -132,7 +140,7 @@ def quantize_int4(weight: NDArray[np.float32], group: int = 64, *, stores_zeros:
             scales = row_scales[rows, None] * multiples
             entries = blocks / scales[:, :, None]
             entries -= entry_table[_table_index(entries)]
-            entries *= stored
+            entries *= counts
             errors = np.einsum("rgk,rgk->rg", entries, entries) * scales.astype(np.float64) ** 2
             best = np.where(errors < least, multiples, best)
             least = np.minimum(errors, least)
@@ -201,32 +209,69 @@ def _by_column(scales: NDArray[np.float32], group: int, n_columns: int) -> NDArr
     return np.repeat(scales, group, axis=1)[:, :n_columns] if group else scales
 
 
+def _column_importances(weight: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return how much a squared error counts in each column, (K,): read from what pruning left there.
+
+    Pruning that knows activations (Wanda: weight times norm of the input) keeps small weights only
+    where inputs are large, so the smallest that a column kept is inversely proportional to the norm
+    of its input. A few columns carry nearly all of a product, in `down_proj` up to 90 %, and their
+    small weights would all become the innermost codes, which other columns have no use for: on
+    SmolLM2-135M the KL to the unquantised model is 7.6 nats where columns count alike and 0.12 so
+    (60 % pruned; 3.7 and 0.11 at 70 %). A column without weights counts nothing. Where nothing was
+    pruned, columns do count alike.
+    """
+    if weight.all() or not weight.any():
+        return np.ones(weight.shape[1])
+    smallest = np.full(weight.shape[1], np.inf)
+    for rows in _row_chunks(weight.shape):
+        magnitudes = np.abs(weight[rows]).astype(np.float64)
+        is_kept = magnitudes > 0
+        means = magnitudes.sum(axis=1) / np.maximum(is_kept.sum(axis=1), 1)
+        magnitudes /= np.where(means > 0, means, 1)[:, None]
+        smallest = np.minimum(smallest, np.where(is_kept, magnitudes, np.inf).min(axis=0))
+    thresholds = np.maximum(smallest, max(_LEAST_THRESHOLD, _CHANCE_WEIGHTS / len(weight)))
+    importances: NDArray[np.float64] = (thresholds.min() / thresholds) ** 2
+    return importances
+
+
 def _histogram(
-    weight: NDArray[np.float32], maxima: NDArray[np.float64], group: int, *, stores_zeros: bool
+    weight: NDArray[np.float32],
+    maxima: NDArray[np.float64],
+    importances: NDArray[np.float64],
+    group: int,
+    *,
+    stores_zeros: bool,
 ) -> NDArray[np.float64]:
     """Return how much weights from -1 to 1 of their group's maximum count, in evenly spaced bins.
 
-    Each counts by its group's maximum squared: that makes the error of a bin one of the weights.
+    Each counts by its group's maximum squared, which makes the error of a bin one of the weights,
+    times the importance of its column.
     """
     histogram = np.zeros(2 * _HALF_BINS + 1)
     largest = maxima.max()
     if largest == 0:
         return histogram
     to_bins = _HALF_BINS / np.where(maxima > 0, maxima, 1)
-    importance = (maxima / largest) ** 2
+    by_group = (maxima / largest) ** 2
+    by_column = _in_groups(importances[None].astype(np.float32), group)
     for rows in _row_chunks(weight.shape):
         blocks = _in_groups(weight[rows], group)
         bins = np.rint(blocks * to_bins[rows, :, None]).astype(np.intp) + _HALF_BINS
-        counts = importance[rows, :, None] * _stored(blocks, weight.shape[1], stores_zeros=stores_zeros)
+        is_stored = _stored(blocks, weight.shape[1], stores_zeros=stores_zeros)
+        counts = by_group[rows, :, None] * by_column * is_stored
         histogram += np.bincount(bins.ravel(), counts.ravel(), minlength=len(histogram))
     return histogram
 
 
-def _centroids(histogram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return 16 ascending points in [-1, 1] with a least squared distance to a histogram over it (Lloyd)."""
+def _centroids(histogram: NDArray[np.float64], *, has_zero: bool) -> NDArray[np.float64]:
+    """Return 16 ascending points in [-1, 1] with a least squared distance to a histogram over it (Lloyd).
+
+    One of them is zero if `has_zero`. It stays there while the others move: with stored zeros the
+    KL of SmolLM2-135M, 70 % pruned, is then 0.13 nats, and 0.16 where one is made zero in the end.
+    """
     bins = np.linspace(-1, 1, len(histogram))
     if not histogram.any():
-        return np.linspace(-1, 1, _N_CODES)
+        return np.arange(1 - _N_CODES // 2, _N_CODES // 2 + 1) / (_N_CODES // 2)
     # Many points are best spread with the cube root of the density: a start from which few rounds are needed.
     spread = np.cumsum(np.cbrt(histogram))
     centroids = bins[np.searchsorted(spread, (np.arange(_N_CODES) + 0.5) / _N_CODES * spread[-1])]
@@ -238,6 +283,8 @@ def _centroids(histogram: NDArray[np.float64]) -> NDArray[np.float64]:
         masses = np.diff(mass[cuts])
         has_mass = masses > 0
         moved = np.where(has_mass, np.diff(moment[cuts]) / np.where(has_mass, masses, 1), centroids)
+        if has_zero:
+            moved[np.abs(moved).argmin()] = 0
         is_still = np.abs(moved - centroids).max() < 1e-5
         centroids = np.sort(moved)
         if is_still:

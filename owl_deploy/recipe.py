@@ -103,7 +103,8 @@ class ExportSettings(Settings):
     """How matrices are stored: dense, as ONNX sparse initializers where that is smaller, or packed for the operator
     SparseMatMul, which multiplies them without their zeros (onnxruntime only)."""
     precision: Precision = "fp32"
-    """Number format of the stored values: fp32, or with weights sparse-operator also fp16, int8 or int4."""
+    """Number format of the stored values: fp32, or with weights sparse-operator also fp16, int8 or int4 (which keeps
+    queries, keys and values, head and embedding in int8)."""
     head_precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
     """The same for head and embedding, with weights sparse-operator: auto is the precision, int8 in int4 artifacts."""
     encoding: Literal["auto", "dense", "bitmask", "index16"] = "auto"

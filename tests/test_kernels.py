@@ -126,3 +126,47 @@ def test_shape_is_inferred_from_the_node(tmp_path: Path) -> None:
         check=True,
     )
     assert "3]" in done.stdout
+
+
+_MEMORY_SCRIPT = """
+import os, sys
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+import numpy as np, onnxruntime
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+options.register_custom_ops_library(sys.argv[1])
+before = anonymous()
+session = onnxruntime.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
+session.run(None, {"x": np.ones((1, 1, 4096), np.float32)})
+print(anonymous() - before)
+"""
+
+
+def test_packed_matrix_is_read_where_the_file_is_mapped(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((4096, 4096)).astype(np.float32)
+    model = onnx.load_model_from_string(_product(weight))
+    onnx.save_model(model, tmp_path / "product.onnx", save_as_external_data=True, location="product.data")
+    assert (tmp_path / "product.data").stat().st_size > weight.nbytes
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY_SCRIPT, str(kernels.library_path()), str(tmp_path / "product.onnx")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < weight.nbytes / 4
+
+
+def test_thousands_of_rows(tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((7, 130)).astype(np.float32)
+    script = _SCRIPT.replace("(1, 2, ", "(1, 5000, ")
+    path = tmp_path / "product.onnx"
+    path.write_bytes(_product(weight))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(kernels.library_path()), str(path), "130"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(done.stdout) == pytest.approx(5000 * weight.sum(dtype=np.float64), rel=1e-3)

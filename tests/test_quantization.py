@@ -173,6 +173,36 @@ def test_weights_that_are_not_finite_are_refused(value: float) -> None:
         quantize_int4(weight)
 
 
+def wanda_pruned(norms: NDArray[np.float64], sparsity: float, *, n_rows: int = 200) -> Array:
+    """Return gaussian weights, of each row the largest by weight times the norm of its input."""
+    weight = np.random.default_rng(0).standard_normal((n_rows, len(norms)))
+    scores = np.abs(weight) * norms
+    weight[scores < np.quantile(scores, sparsity, axis=1, keepdims=True)] = 0
+    return weight.astype(np.float32)
+
+
+@pytest.mark.parametrize("stores_zeros", [True, False])
+def test_columns_that_pruning_spared_are_quantised_more_finely(stores_zeros: bool) -> None:
+    norms = np.ones(256)
+    norms[[30, 200]] = 50  # as in down_proj of the block that makes the massive activations
+    weight = wanda_pruned(norms, 0.6)
+    found = quantize_int4(weight, stores_zeros=stores_zeros).dequantized()
+    by_column = np.linalg.norm(found - weight, axis=0) / np.linalg.norm(weight, axis=0)
+    assert by_column[[30, 200]].max() < 0.09
+    alike = wanda_pruned(np.ones(256), 0.6)
+    assert squared_error(found, weight) < 4 * squared_error(quantize_int4(alike).dequantized(), alike)
+
+
+def test_columns_count_alike_where_nothing_was_pruned() -> None:
+    weight = np.random.default_rng(0).standard_normal((400, 128)).astype(np.float32)
+    by_column = np.linalg.norm(quantize_int4(weight).dequantized() - weight, axis=0)
+    weight[::50, ::3] = 0  # zeros of the model itself
+    with_zeros = quantize_int4(weight, stores_zeros=True).dequantized()
+    found = np.linalg.norm(with_zeros - weight, axis=0)
+    assert by_column.std() < 0.1 * by_column.mean()
+    assert found.std() < 0.1 * found.mean()
+
+
 def test_rows_beyond_one_chunk_are_quantised_alike() -> None:
     few = pruned_gaussian((40, 64), 0.5)
     many = np.tile(few, (100, 1))

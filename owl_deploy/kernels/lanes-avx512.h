@@ -148,6 +148,26 @@ static inline void ConvertValues(const uint8_t* values, size_t n, float* out) {
   for (size_t e = 0; e < n; e += 16) _mm512_storeu_ps(out + e, Load16<kType>(values + e * kSize));
 }
 
+// Set bits of `n` masks.
+static inline size_t CountMasks(const uint8_t* masks, size_t n) {
+#if OWL_VBMI2
+  __m512i counts = _mm512_setzero_si512();
+  for (size_t i = 0; i < n; i += 8) {
+    const __mmask8 mask = static_cast<__mmask8>(n - i < 8 ? (1U << (n - i)) - 1 : 0xFF);
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(mask, masks + 8 * i)));
+  }
+  return static_cast<size_t>(_mm512_reduce_add_epi64(counts));
+#else
+  size_t count = 0;
+  for (size_t i = 0; i < n; ++i) {
+    uint64_t mask;
+    __builtin_memcpy(&mask, masks + 8 * i, sizeof mask);
+    count += static_cast<size_t>(__builtin_popcountll(mask));
+  }
+  return count;
+#endif
+}
+
 static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
   const size_t n = static_cast<size_t>(__builtin_popcountll(mask));
 #if OWL_VBMI2

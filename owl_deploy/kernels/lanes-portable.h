@@ -121,6 +121,17 @@ static inline void ConvertValues(const uint8_t* values, size_t n, float* out) {
   for (size_t i = 0; i < n; ++i) out[i] = ValueAt<kType>(values, i);
 }
 
+// Set bits of `n` masks.
+static inline size_t CountMasks(const uint8_t* masks, size_t n) {
+  size_t count = 0;
+  for (size_t i = 0; i < n; ++i) {
+    uint64_t mask;
+    __builtin_memcpy(&mask, masks + 8 * i, sizeof mask);
+    count += static_cast<size_t>(__builtin_popcountll(mask));
+  }
+  return count;
+}
+
 static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
   size_t n = 0;
   for (; mask != 0; mask &= mask - 1) columns[n++] = static_cast<uint8_t>(__builtin_ctzll(mask));

@@ -351,11 +351,7 @@ OWL_INLINE ByteRow OpenByteRow(const PackedMatrix& w, size_t row, size_t n_block
   const uint8_t* groups = record + (kIsDense ? 0 : 8 * n_blocks);
   const uint8_t* values = groups + (w.group == 0 ? 0 : (w.n_columns + w.group - 1) / w.group);
   if constexpr (kType == ValueType::kInt4) {
-    size_t n = w.n_columns;
-    if (!kIsDense) {
-      n = 0;
-      for (size_t j = 0; j < n_blocks; ++j) n += CountBits(record + 8 * j);
-    }
+    size_t n = kIsDense ? w.n_columns : CountMasks(record, n_blocks);
     for (int8_t* out = decoded; n != 0;) {
       const size_t run = n < kNibbleRun ? n : kNibbleRun, half = (run + 1) / 2;
       DecodeNibbles(values, w.codebook, out, out + half);
