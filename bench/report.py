@@ -191,12 +191,16 @@ def _machine_facts(machine: dict[str, Any]) -> Facts:
 
 def _protocol_facts(result: Result) -> Facts:
     protocol = result["protocol"]
-    samples = ", ".join(f"{n} of {phase}" for phase, n in protocol["samples_per_round"].items())
+    samples, cold = (
+        ", ".join(f"{n} of {phase}" for phase, n in protocol[key].items())
+        for key in ("samples_per_round", "cold_calls_per_round")
+    )
     order = "engines take turns (A-B-A-B)" if protocol["interleaved"] else "engines one after the other"
     return [
         ("baseline", result["baseline"]),
         ("rounds", f"{protocol['n_rounds']}, {order}"),
         ("samples per round", samples),
+        ("calls before them, not counted", cold),
         ("warm-up", protocol["warmup"]),
         ("outside the clock", protocol["outside_clock"]),
         ("bytes per step", protocol["bytes_per_step"]),

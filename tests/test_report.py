@@ -100,6 +100,7 @@ def bench_result(*cases: dict[str, Any]) -> dict[str, Any]:
         "protocol": {
             "n_rounds": 10,
             "samples_per_round": {"decode": 30, "prefill": 3},
+            "cold_calls_per_round": {"decode": 7, "prefill": 0},
             "warmup": "4 steps per round",
             "interleaved": True,
             "outside_clock": "tokenising, sampling, loading",

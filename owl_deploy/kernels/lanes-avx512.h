@@ -148,6 +148,21 @@ static inline void ConvertValues(const uint8_t* values, size_t n, float* out) {
   for (size_t e = 0; e < n; e += 16) _mm512_storeu_ps(out + e, Load16<kType>(values + e * kSize));
 }
 
+static inline size_t BlockColumns(const uint8_t* list, size_t n_left, uint32_t first, uint8_t* columns) {
+  const __m512i begin = _mm512_set1_epi16(static_cast<int16_t>(first)), size = _mm512_set1_epi16(kBlock);
+  size_t n = 0;
+  for (size_t e = 0; e < kBlock; e += 32) {  // a block has no more than sixty-four
+    const size_t left = n_left > e ? n_left - e : 0;
+    const __mmask32 valid = left < 32 ? (1U << left) - 1 : ~0U;
+    const __m512i at = _mm512_sub_epi16(_mm512_maskz_loadu_epi16(valid, list + 2 * e), begin);
+    const __mmask32 inside = _mm512_mask_cmplt_epu16_mask(valid, at, size);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(columns + e), _mm512_cvtepi16_epi8(at));
+    n += static_cast<size_t>(__builtin_popcount(inside));
+    if (inside != ~0U) break;
+  }
+  return n;
+}
+
 // Set bits of `n` masks.
 static inline size_t CountMasks(const uint8_t* masks, size_t n) {
 #if OWL_VBMI2

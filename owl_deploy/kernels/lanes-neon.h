@@ -130,6 +130,10 @@ static inline void IndexDots(const IndexRow (&rows)[4], const float* x, float* s
   for (size_t r = 0; r < 4; ++r) sums[r] = IndexDot<kType>(rows[r].columns, rows[r].values, rows[r].n, x);
 }
 
+static inline size_t BlockColumns(const uint8_t* list, size_t n_left, uint32_t first, uint8_t* columns) {
+  return ListedColumns(list, n_left, first, columns);
+}
+
 // Set bits of `n` masks.
 static inline size_t CountMasks(const uint8_t* masks, size_t n) {
   size_t count = 0;

@@ -121,6 +121,10 @@ static inline void ConvertValues(const uint8_t* values, size_t n, float* out) {
   for (size_t i = 0; i < n; ++i) out[i] = ValueAt<kType>(values, i);
 }
 
+static inline size_t BlockColumns(const uint8_t* list, size_t n_left, uint32_t first, uint8_t* columns) {
+  return ListedColumns(list, n_left, first, columns);
+}
+
 // Set bits of `n` masks.
 static inline size_t CountMasks(const uint8_t* masks, size_t n) {
   size_t count = 0;

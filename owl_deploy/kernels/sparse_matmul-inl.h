@@ -252,10 +252,7 @@ OWL_INLINE void ReadBlock(Cursor& cursor, size_t block, size_t n_columns, BlockL
   } else if constexpr (kEncoding == Encoding::kDense) {
     n = n_columns - block * kBlock < kBlock ? n_columns - block * kBlock : kBlock;
   } else {
-    const size_t limit = (block + 1) * kBlock;
-    for (n = 0; n < cursor.n_left && LoadU16(cursor.columns + 2 * n) < limit; ++n) {
-      list.columns[n] = static_cast<uint8_t>(LoadU16(cursor.columns + 2 * n) - block * kBlock);
-    }
+    n = BlockColumns(cursor.columns, cursor.n_left, static_cast<uint32_t>(block * kBlock), list.columns);
     cursor.columns += 2 * n;
     cursor.n_left -= n;
   }
@@ -293,6 +290,9 @@ static void MultiplyTiles(const Product& p, size_t begin, size_t end, TileScratc
           for (size_t i = 0; i < n_lists; ++i) {
             ReadBlock<kType, kEncoding>(scratch.cursors[r + i], j, w.n_columns, scratch.lists[i]);
             __builtin_prefetch(scratch.cursors[r + i].values + 128);
+            // Each row asks for its share of the next block of X.
+            const float* next = panel + (kBlock + r + i) * kTile;
+            for (size_t line = 0; line < kTile && j + 1 < n_blocks; line += 16) __builtin_prefetch(next + line, 0, 2);
           }
           if constexpr (kEncoding == Encoding::kDense) {
             for (size_t i = 0; i < n_lists; i += 4) {
