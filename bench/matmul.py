@@ -54,9 +54,9 @@ def measure_products(
     """Time a pair of products, W (rows, columns) and back, so that weights come from memory and not from a cache.
 
     Yields:
-        One row per sparsity, M and case, as they are measured: median milliseconds of a pair, the median of the ratios to
-        the dense float32 product of the same round, and the largest difference from its output,
-        relative to the largest element; or the reason why an engine failed.
+        One row per sparsity, M and case, as they are measured: median milliseconds of a pair, the
+        median of the ratios to the dense float32 product of the same round, and the largest difference
+        from its output, relative to the largest element; or the reason why an engine failed.
     """
     for target in sparsity:
         weights = _weights(rows, columns, target)
