@@ -16,7 +16,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def test_bound_by_memory_time_is_bytes_over_bandwidth() -> None:
-    assert product_ns(SHAPE, N, "fp32", "dense") == packed_bytes(SHAPE, N, "fp32", "dense") / 13.5
+    assert product_ns(SHAPE, N, "fp32", "dense") == packed_bytes(SHAPE, N, "fp32", "dense") / 16.0
 
 
 def test_bound_by_computing_time_is_that_of_positions_and_values() -> None:
