@@ -320,7 +320,7 @@ def _terminal_cells(workload: Workload, row: Row, failures: list[str]) -> list[s
     batch = f"\nbatch {workload.batch}" if workload.batch > 1 else ""
     cells = [
         f"{printable(row['engine'])}\n{printable(row['artifact'])}",
-        f"{printable(row['weights']).replace('initializer', 'init.')}\n{printable(row['precision'])}",
+        f"{_short(printable(row['weights']))}\n{printable(row['precision'])}",
         f"{workload.phase}\n{length}{batch}",
         percent(row["sparsity"]),
     ]
@@ -338,6 +338,11 @@ def _terminal_cells(workload: Workload, row: Row, failures: list[str]) -> list[s
         number(row.get("perplexity")),
         number(row.get("kl_divergence")),
     ]
+
+
+def _short(weights: str) -> str:
+    """Return a weight encoding in the twelve characters that a hundred columns leave for it."""
+    return weights.replace("initializer", "init.").replace("operator", "op.")
 
 
 # HTML.
