@@ -35,10 +35,10 @@ class _Machine:
     """What an encoding does not list, it cannot store."""
 
 
-# Fitted to what `make bench-kernels` prints in its column "best ns/64" (nanoseconds of a thread per 64 columns, W 4096 x
-# 11008, two cores of an AMD EPYC with AVX-512): float32 bitmask 3.8-4.2, float16 4.2, int8 1.7, int4 2.1-2.8, and per
-# stored value of a list 0.6, 0.55 and 0.46. bf16 is taken as fp16. Classes other than x86-avx512-vbmi2 are rough
-# estimates of how encodings compare there.
+# Fitted to what `make bench-kernels` prints in its column "best ns/64" (nanoseconds of a thread per 64 columns, W
+# 4096 x 11008, two cores of an AMD EPYC with AVX-512): float32 bitmask 3.8-4.2, float16 4.2, int8 1.7, int4 2.1-2.8,
+# and per stored value of a list 0.6, 0.55 and 0.46. bf16 is taken as fp16. Classes other than x86-avx512-vbmi2 are
+# rough estimates of how encodings compare there.
 _MACHINES: MappingProxyType[MachineClass, _Machine] = MappingProxyType(
     {
         "x86-avx512-vbmi2": _Machine(
