@@ -115,27 +115,6 @@ static inline void ConvertValues(const uint8_t* values, size_t n, float* out) {
   for (size_t e = 0; e < n; e += 8) _mm256_storeu_ps(out + e, Load8<kType>(values + e * kSize));
 }
 
-static inline size_t BlockColumns(const uint8_t* list, size_t n_left, uint32_t first, uint8_t* columns) {
-  return ListedColumns(list, n_left, first, columns);
-}
-
-// Set bits of `n` masks.
-static inline size_t CountMasks(const uint8_t* masks, size_t n) {
-  size_t count = 0;
-  for (size_t i = 0; i < n; ++i) {
-    uint64_t mask;
-    __builtin_memcpy(&mask, masks + 8 * i, sizeof mask);
-    count += static_cast<size_t>(__builtin_popcountll(mask));
-  }
-  return count;
-}
-
-static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
-  size_t n = 0;
-  for (; mask != 0; mask &= mask - 1) columns[n++] = static_cast<uint8_t>(__builtin_ctzll(mask));
-  return n;
-}
-
 // ---- bytes ----
 
 static inline Bytes LoadBytes(const int8_t* values) {

@@ -4,8 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "packed_matrix.h"
-
 namespace owl {
 namespace OWL_TARGET {
 namespace {
@@ -31,19 +29,6 @@ struct IndexRow {
   const uint8_t* values;
   size_t n;
 };
-
-// Of the next `n_left` ascending columns of a list, writes those of the block that begins at `first`, counted from
-// there; returns how many.
-static inline size_t ListedColumns(const uint8_t* list, size_t n_left, uint32_t first, uint8_t* columns) {
-  size_t n = 0;
-  for (; n < n_left; ++n) {
-    uint16_t column;
-    __builtin_memcpy(&column, list + 2 * n, sizeof column);
-    if (column - first >= kBlock) break;
-    columns[n] = static_cast<uint8_t>(column - first);
-  }
-  return n;
-}
 
 // How a block of X becomes int8: x * inverse rounded, and scale to go back. A block with a number that is not finite
 // becomes zeros with a scale that is not one, so that its row of Y is not a number either.

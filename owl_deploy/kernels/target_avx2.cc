@@ -9,4 +9,5 @@ static constexpr char kName[] = "avx2";
 }
 
 #include "lanes-avx2.h"
+#include "lanes-lists.h"
 #include "sparse_matmul-inl.h"

@@ -1,0 +1,43 @@
+// Columns of masks and lists, one by one: for targets whose vectors do not do it faster.
+//
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels.h"
+
+namespace owl {
+namespace OWL_TARGET {
+namespace {
+
+// Set bits of `n` masks.
+static inline size_t CountMasks(const uint8_t* masks, size_t n) {
+  size_t count = 0;
+  for (size_t i = 0; i < n; ++i) {
+    uint64_t mask;
+    __builtin_memcpy(&mask, masks + 8 * i, sizeof mask);
+    count += static_cast<size_t>(__builtin_popcountll(mask));
+  }
+  return count;
+}
+
+// Writes the columns whose bits are set; returns how many.
+static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
+  size_t n = 0;
+  for (; mask != 0; mask &= mask - 1) columns[n++] = static_cast<uint8_t>(__builtin_ctzll(mask));
+  return n;
+}
+
+// Of the next `n_left` ascending columns of a list, writes those of the block that begins at `first`, counted from
+// there; returns how many.
+static inline size_t BlockColumns(const uint8_t* list, size_t n_left, uint32_t first, uint8_t* columns) {
+  size_t n = 0;
+  for (; n < n_left; ++n) {
+    uint16_t column;
+    __builtin_memcpy(&column, list + 2 * n, sizeof column);
+    if (column - first >= kBlock) break;
+    columns[n] = static_cast<uint8_t>(column - first);
+  }
+  return n;
+}
+
+}  // namespace
+}  // namespace OWL_TARGET
+}  // namespace owl
