@@ -64,7 +64,7 @@ def measure_products(
             cases = _write_cases(weights, Path(folder))
             for n_rows in m:
                 for case in cases:
-                    case.ns, case.error, case.reason = [], None, None
+                    case.process, case.ns, case.error, case.reason = None, [], None, None
                 _measure(cases, [1, n_rows, columns], threads, rounds, Path(folder))
                 yield from (_row(case, cases[0], target, n_rows, threads) for case in cases)
 
@@ -152,13 +152,21 @@ def _measure(cases: list[_Case], shape: list[int], threads: int, rounds: int, fo
                 case.process.ask("measure-graph", n_samples=3, output=str(folder / f"{case.name}.npy"))
                 case.error = _difference(folder / f"{cases[0].name}.npy", folder / f"{case.name}.npy")
             except EngineUnavailableError as error:
+                if case is cases[0]:
+                    raise  # nothing is left to compare with
                 case.reason = str(error)
         for _ in range(rounds):
             for case in cases:
                 if case.process is not None and case.reason is None:
                     # The first calls after the other engines' turns find cold caches and sleeping threads.
                     n_cold, n_samples = (4, 12) if shape[1] <= 16 else (1, 3)
-                    answer = case.process.ask("measure-graph", n_samples=n_cold + n_samples, output=None)
+                    try:
+                        answer = case.process.ask("measure-graph", n_samples=n_cold + n_samples, output=None)
+                    except EngineUnavailableError as error:
+                        if case is cases[0]:
+                            raise
+                        case.reason = str(error)
+                        continue
                     case.ns.append(float(np.median(answer["ns"][n_cold:])))
 
 
