@@ -78,9 +78,12 @@ struct Stream {
 
 // ---- float values, few rows of X ----
 
-template <ValueType kType, bool kIsDense, size_t kRows, size_t kBatch>
+enum class Reading { kDense, kSpread, kLookup };
+
+template <ValueType kType, Reading kReading, size_t kRows, size_t kBatch>
 OWL_INLINE Stream FloatRows(const Product& p, size_t row, size_t first, Stream stream) {
   const PackedMatrix& w = *p.w;
+  constexpr bool kIsDense = kReading == Reading::kDense;
   const size_t n_blocks = BlocksOf(w), n_whole = kIsDense ? w.n_columns / kBlock : n_blocks;
   const uint8_t* masks[kRows];
   const uint8_t* values[kRows];
@@ -93,6 +96,19 @@ OWL_INLINE Stream FloatRows(const Product& p, size_t row, size_t first, Stream s
   const float* x = p.floats + first * p.stride;
   for (size_t j = 0; j < n_whole; ++j) {
     stream.Advance();
+    if constexpr (kBatch == 1) {
+      const XBlock x_block = LoadXBlock(x + kBlock * j);
+      for (size_t r = 0; r < kRows; ++r) {
+        const uint8_t* mask = masks[r] + 8 * j;
+        if constexpr (kReading == Reading::kLookup) {
+          LookupAdd<kType>(sums[0][r], mask, values[r], x_block);
+        } else {
+          MulAdd(sums[0][r], kIsDense ? LoadBlock<kType>(values[r]) : ExpandBlock<kType>(mask, values[r]), x_block);
+        }
+        values[r] += SizeOf(kType) * (kIsDense ? kBlock : CountBits(mask));
+      }
+      continue;
+    }
     for (size_t r = 0; r < kRows; ++r) {
       const Block block = kIsDense ? LoadBlock<kType>(values[r]) : ExpandBlock<kType>(masks[r] + 8 * j, values[r]);
       values[r] += SizeOf(kType) * (kIsDense ? kBlock : CountBits(masks[r] + 8 * j));
@@ -116,27 +132,27 @@ OWL_INLINE Stream FloatRows(const Product& p, size_t row, size_t first, Stream s
   return stream;
 }
 
-template <ValueType kType, bool kIsDense, size_t kRows, size_t kBatch>
+template <ValueType kType, Reading kReading, size_t kRows, size_t kBatch>
 static void AllFloatRows(const Product& p, size_t begin, size_t end, size_t first) {
   Stream stream = Stream::Of(*p.w, begin, end, kRows, BlocksOf(*p.w));
   size_t row = begin;
-  for (; row + kRows <= end; row += kRows) stream = FloatRows<kType, kIsDense, kRows, kBatch>(p, row, first, stream);
-  for (; row < end; ++row) stream = FloatRows<kType, kIsDense, 1, kBatch>(p, row, first, stream);
+  for (; row + kRows <= end; row += kRows) stream = FloatRows<kType, kReading, kRows, kBatch>(p, row, first, stream);
+  for (; row < end; ++row) stream = FloatRows<kType, kReading, 1, kBatch>(p, row, first, stream);
 }
 
-template <ValueType kType, bool kIsDense>
+template <ValueType kType, Reading kReading>
 static void MultiplyFloatRows(const Product& p, size_t begin, size_t end) {
-  if (p.m == 1) return AllFloatRows<kType, kIsDense, kRowsSingle, 1>(p, begin, end, 0);
+  if (p.m == 1) return AllFloatRows<kType, kReading, kRowsSingle, 1>(p, begin, end, 0);
   // A few rows of W at a time, so that they are still in cache for the next rows of X.
   for (size_t row = begin; row < end;) {
     const size_t until = end - row > 16 ? row + 16 : end;
     size_t first = 0;
     if constexpr (kMaxBatch >= 8) {
-      for (; first + 8 <= p.m; first += 8) AllFloatRows<kType, kIsDense, kRowsBatch, 8>(p, row, until, first);
+      for (; first + 8 <= p.m; first += 8) AllFloatRows<kType, kReading, kRowsBatch, 8>(p, row, until, first);
     }
-    for (; first + 4 <= p.m; first += 4) AllFloatRows<kType, kIsDense, kRowsBatch, 4>(p, row, until, first);
-    for (; first + 2 <= p.m; first += 2) AllFloatRows<kType, kIsDense, kRowsBatch, 2>(p, row, until, first);
-    for (; first < p.m; ++first) AllFloatRows<kType, kIsDense, kRowsBatch, 1>(p, row, until, first);
+    for (; first + 4 <= p.m; first += 4) AllFloatRows<kType, kReading, kRowsBatch, 4>(p, row, until, first);
+    for (; first + 2 <= p.m; first += 2) AllFloatRows<kType, kReading, kRowsBatch, 2>(p, row, until, first);
+    for (; first < p.m; ++first) AllFloatRows<kType, kReading, kRowsBatch, 1>(p, row, until, first);
     row = until;
   }
 }
@@ -644,9 +660,13 @@ static size_t ScratchBytes(const Product& p) {
 template <ValueType kType>
 static void MultiplyFloats(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
   if (p.layout == Layout::kRows) {
-    if (p.w->encoding == Encoding::kDense) return MultiplyFloatRows<kType, true>(p, begin, end);
-    if (p.w->encoding == Encoding::kBitmask) return MultiplyFloatRows<kType, false>(p, begin, end);
-    return MultiplyIndexRows<kType>(p, begin, end);
+    if (p.w->encoding == Encoding::kDense) return MultiplyFloatRows<kType, Reading::kDense>(p, begin, end);
+    if (p.w->encoding == Encoding::kIndex16) return MultiplyIndexRows<kType>(p, begin, end);
+    if constexpr (kLookupPercent != 0) {
+      const bool is_sparse = 100 * p.w->n_values <= kLookupPercent * p.w->n_rows * p.w->n_columns;
+      if (p.m == 1 && is_sparse) return AllFloatRows<kType, Reading::kLookup, kRowsSingle, 1>(p, begin, end, 0);
+    }
+    return MultiplyFloatRows<kType, Reading::kSpread>(p, begin, end);
   }
   if (p.w->encoding == Encoding::kDense) return MultiplyAnyTiles<kType, Encoding::kDense>(p, begin, end, scratch);
   if (p.w->encoding == Encoding::kBitmask) return MultiplyAnyTiles<kType, Encoding::kBitmask>(p, begin, end, scratch);

@@ -9,5 +9,5 @@ static constexpr char kName[] = "avx2";
 }
 
 #include "lanes-avx2.h"
-#include "lanes-lists.h"
+#include "lanes-plain.h"
 #include "sparse_matmul-inl.h"

@@ -8,6 +8,6 @@ namespace owl::neon {
 static constexpr char kName[] = "neon";
 }
 
-#include "lanes-lists.h"
 #include "lanes-neon.h"
+#include "lanes-plain.h"
 #include "sparse_matmul-inl.h"

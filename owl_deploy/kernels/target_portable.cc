@@ -8,6 +8,6 @@ namespace owl::portable {
 static constexpr char kName[] = "portable";
 }
 
-#include "lanes-lists.h"
+#include "lanes-plain.h"
 #include "lanes-portable.h"
 #include "sparse_matmul-inl.h"

@@ -1,4 +1,4 @@
-// Columns of masks and lists, one by one: for targets whose vectors do not do it faster.
+// What targets do plainly whose vectors do not do it faster: columns one by one, X from memory.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels.h"
@@ -6,6 +6,14 @@
 namespace owl {
 namespace OWL_TARGET {
 namespace {
+
+// A block of X, for several rows of W.
+using XBlock = const float*;
+static inline XBlock LoadXBlock(const float* x) { return x; }
+
+constexpr size_t kLookupPercent = 0;
+template <ValueType, class Acc>
+void LookupAdd(Acc&, const uint8_t*, const uint8_t*, const XBlock&) = delete;
 
 // Set bits of `n` masks.
 static inline size_t CountMasks(const uint8_t* masks, size_t n) {
