@@ -156,10 +156,17 @@ static inline XBytes LoadX(const int8_t* x) {
   const Bytes bytes = LoadBytes(x);
   return {{bytes.v[0], bytes.v[1]}, {_mm256_abs_epi8(bytes.v[0]), _mm256_abs_epi8(bytes.v[1])}};
 }
-static inline void DotAdd(Acc& acc, Bytes w, const XBytes& x, float scale) {
+// Lanes are fours of columns, and the two scales of a block take turns.
+using Scales = __m256;
+static inline Scales LoadScales(const float* pair) {
+  double both;
+  __builtin_memcpy(&both, pair, sizeof both);
+  return _mm256_castpd_ps(_mm256_set1_pd(both));
+}
+static inline void DotAdd(Acc& acc, Bytes w, const XBytes& x, Scales scales) {
   __m256i dot = Dot(_mm256_setzero_si256(), x.magnitude[0], x.x[0], w.v[0]);
   dot = Dot(dot, x.magnitude[1], x.x[1], w.v[1]);
-  acc.v[0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc.v[0]);
+  acc.v[0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scales, acc.v[0]);
 }
 
 static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, int8_t* low, int8_t* high) {
@@ -195,30 +202,31 @@ static inline XQuads LoadQuads(const uint8_t* x) {
   return {bytes, _mm256_abs_epi8(bytes)};
 }
 static inline IntVec DotQuads(IntVec acc, const XQuads& x, WQuads w) { return Dot(acc, x.magnitude, x.x, w); }
-static inline int32_t SumBytes(const Bytes&) { return 0; }
+static inline int32_t SumBytes(const Bytes&, size_t) { return 0; }
 
-static inline float RoundBlock(const float* x, size_t n, int8_t* out) {
+static inline void RoundBlock(const float* x, size_t n, int8_t* out, float* scales) {
   alignas(32) float block[64] = {};
   __builtin_memcpy(block, x, n * sizeof(float));
-  __m256 largest = _mm256_setzero_ps(), is_nan = _mm256_setzero_ps();
-  const __m256 sign = _mm256_set1_ps(-0.0F);
+  __m256 largest = _mm256_setzero_ps();
+  const __m256 infinite = _mm256_set1_ps(__builtin_inff()), sign = _mm256_set1_ps(-0.0F);
   for (size_t i = 0; i < 64; i += 8) {
     const __m256 part = _mm256_load_ps(block + i);
-    largest = _mm256_max_ps(_mm256_andnot_ps(sign, part), largest);
-    is_nan = _mm256_or_ps(is_nan, _mm256_cmp_ps(part, part, _CMP_UNORD_Q));
+    largest = _mm256_max_ps(_mm256_andnot_ps(sign, part), largest);  // which is kept where `part` is not a number
+    largest = _mm256_blendv_ps(largest, infinite, _mm256_cmp_ps(part, part, _CMP_UNORD_Q));
   }
+  largest = _mm256_max_ps(largest, _mm256_shuffle_ps(largest, largest, _MM_SHUFFLE(1, 0, 3, 2)));
+  largest = _mm256_max_ps(largest, _mm256_shuffle_ps(largest, largest, _MM_SHUFFLE(2, 3, 0, 1)));
   alignas(32) float tops[8];
   _mm256_store_ps(tops, largest);
-  float top = _mm256_movemask_ps(is_nan) != 0 ? __builtin_inff() : 0;
-  for (const float value : tops) top = value > top ? value : top;
-  const RoundingScale rounding = ScaleOf(top);
-  const __m256 inverse = _mm256_set1_ps(rounding.inverse);
+  const RoundingScale even = ScaleOf(tops[0]), odd = ScaleOf(tops[4]);
+  const __m256 inverse = _mm256_set_m128(_mm_set1_ps(odd.inverse), _mm_set1_ps(even.inverse));
   for (size_t i = 0; i < 64; i += 8) {
     const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(block + i), inverse));
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i), _mm_packs_epi16(words, words));
   }
-  return rounding.scale;
+  scales[0] = even.scale;
+  scales[1] = odd.scale;
 }
 
 }  // namespace

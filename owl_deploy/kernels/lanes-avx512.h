@@ -278,7 +278,6 @@ static inline void StoreBytes(int8_t* out, Bytes bytes) { _mm512_storeu_si512(ou
 static inline Bytes ExpandBytes(const uint8_t* mask, const int8_t* values) {
   return {_mm512_mask_expand_epi8(ClearedInt(), Mask64(mask), Loaded(_mm512_loadu_si512(values)))};
 }
-static inline __m512i DotUnsigned(__m512i acc, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(acc, x, w); }
 #else
 static inline uint64_t ExpandEight(uint8_t mask, const int8_t* values) {
   const __m128i source = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values));
@@ -293,13 +292,46 @@ static inline Bytes ExpandBytes(const uint8_t* mask, const int8_t* values) {
   }
   return {_mm512_load_si512(out)};
 }
-// Pairs of products fit int16: 2 * 127 * 127 < 2^15.
-static inline __m512i DotUnsigned(__m512i acc, __m512i x, __m512i w) {
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, w), _mm512_set1_epi16(1)));
-}
 #endif
 
-// The product of bytes wants one unsigned factor: |x|, with the sign of x moved to w.
+// Lanes are fours of columns, and the two scales of a block take turns.
+using Scales = __m512;
+static inline Scales LoadScales(const float* pair) {
+  double both;
+  __builtin_memcpy(&both, pair, sizeof both);
+  return _mm512_castpd_ps(_mm512_set1_pd(both));
+}
+
+// Both scales of `n` blocks, each times its block's factor.
+static inline void ScalePairs(const float* pairs, const uint8_t* factors, size_t n, float* out) {
+  for (size_t j = 0; j < n; j += 8) {
+    const __mmask8 valid = static_cast<__mmask8>(n - j < 8 ? (1U << (n - j)) - 1 : 0xFF);
+    const __m512i wide = _mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8(valid, factors + j));
+    const __m512 twice = _mm512_cvtepi32_ps(_mm512_shuffle_epi32(wide, _MM_PERM_CCAA));
+    const __m512d both = _mm512_maskz_loadu_pd(valid, pairs + 2 * j);
+    const __m512 product = _mm512_mul_ps(_mm512_castpd_ps(both), twice);
+    _mm512_mask_storeu_pd(out + 2 * j, valid, _mm512_castps_pd(product));
+  }
+}
+
+// The product of bytes wants one unsigned factor.
+#if OWL_VBMI2
+// w + 128, made up for by beginning at -128 x.
+struct XBytes {
+  __m512i x;
+  __m512i start;
+};
+static inline XBytes LoadX(const int8_t* x) {
+  const __m512i bytes = _mm512_loadu_si512(x), offset = _mm512_set1_epi8(-128);
+  const __m512i zero = _mm512_setzero_si512();
+  return {bytes, _mm512_sub_epi32(zero, _mm512_dpbusd_epi32(zero, offset, bytes))};
+}
+static inline void DotAdd(Acc& acc, Bytes w, const XBytes& x, Scales scales) {
+  const __m512i dot = _mm512_dpbusd_epi32(x.start, _mm512_xor_si512(w.v, _mm512_set1_epi8(-128)), x.x);
+  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scales, acc.v);
+}
+#else
+// |x|, with the sign of x moved to w. Pairs of products fit int16: 2 * 127 * 127 < 2^15.
 struct XBytes {
   __m512i magnitude;
   __mmask64 is_negative;
@@ -308,13 +340,15 @@ static inline XBytes LoadX(const int8_t* x) {
   const __m512i bytes = _mm512_loadu_si512(x);
   return {_mm512_abs_epi8(bytes), _mm512_movepi8_mask(bytes)};
 }
-static inline __m512i SignedLike(__m512i w, __mmask64 is_negative) {
-  return _mm512_mask_sub_epi8(w, is_negative, _mm512_setzero_si512(), w);
+static inline __m512i DotSigned(__m512i acc, const XBytes& x, __m512i w) {
+  const __m512i like_x = _mm512_mask_sub_epi8(w, x.is_negative, _mm512_setzero_si512(), w);
+  const __m512i pairs = _mm512_maddubs_epi16(x.magnitude, like_x);
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
-static inline void DotAdd(Acc& acc, Bytes w, XBytes x, float scale) {
-  const __m512i dot = DotUnsigned(_mm512_setzero_si512(), x.magnitude, SignedLike(w.v, x.is_negative));
-  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale), acc.v);
+static inline void DotAdd(Acc& acc, Bytes w, const XBytes& x, Scales scales) {
+  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(DotSigned(_mm512_setzero_si512(), x, w.v)), scales, acc.v);
 }
+#endif
 
 // Sixty-four bytes hold the codes of `low` (their lower halves) and of `high`; more is written than a short run has.
 static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, int8_t* low, int8_t* high) {
@@ -339,20 +373,19 @@ constexpr int32_t kXOffset = 128;  // one add per tile byte, instead of a change
 using XQuads = __m512i;
 static inline XQuads LoadQuads(const uint8_t* x) { return _mm512_loadu_si512(x); }
 static inline IntVec DotQuads(IntVec acc, XQuads x, WQuads w) { return _mm512_dpbusd_epi32(acc, x, w); }
-static inline int32_t SumBytes(Bytes bytes) {
-  return _mm512_reduce_add_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes.v));
+static inline int32_t SumBytes(Bytes bytes, size_t half) {
+  const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes.v);
+  return _mm512_mask_reduce_add_epi32(static_cast<__mmask16>(0x5555 << half), sums);
 }
 #else
 constexpr int32_t kXOffset = 0;
 using XQuads = XBytes;
 static inline XQuads LoadQuads(const uint8_t* x) { return LoadX(reinterpret_cast<const int8_t*>(x)); }
-static inline IntVec DotQuads(IntVec acc, XQuads x, WQuads w) {
-  return DotUnsigned(acc, x.magnitude, SignedLike(w, x.is_negative));
-}
-static inline int32_t SumBytes(Bytes) { return 0; }
+static inline IntVec DotQuads(IntVec acc, const XQuads& x, WQuads w) { return DotSigned(acc, x, w); }
+static inline int32_t SumBytes(Bytes, size_t) { return 0; }
 #endif
 
-static inline float RoundBlock(const float* x, size_t n, int8_t* out) {
+static inline void RoundBlock(const float* x, size_t n, int8_t* out, float* scales) {
   __m512 parts[4];
   __m512 largest = _mm512_setzero_ps();
   for (size_t i = 0; i < 4; ++i) {
@@ -361,15 +394,23 @@ static inline float RoundBlock(const float* x, size_t n, int8_t* out) {
     parts[i] = _mm512_maskz_loadu_ps(mask, x + 16 * i);
     // The second operand is kept where one is not a number.
     largest = _mm512_max_ps(_mm512_abs_ps(parts[i]), largest);
-    if (_mm512_cmp_ps_mask(parts[i], parts[i], _CMP_UNORD_Q) != 0) largest = _mm512_set1_ps(__builtin_inff());
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(parts[i], parts[i], _CMP_UNORD_Q);
+    largest = _mm512_mask_mov_ps(largest, is_nan, _mm512_set1_ps(__builtin_inff()));
   }
-  const float top = _mm512_reduce_max_ps(largest);
-  const RoundingScale rounding = ScaleOf(top);
+  // Fours of lanes 0 and 2 share a scale, and 1 and 3.
+  largest = _mm512_max_ps(largest, _mm512_shuffle_f32x4(largest, largest, _MM_SHUFFLE(1, 0, 3, 2)));
+  largest = _mm512_max_ps(largest, _mm512_shuffle_ps(largest, largest, _MM_SHUFFLE(1, 0, 3, 2)));
+  largest = _mm512_max_ps(largest, _mm512_shuffle_ps(largest, largest, _MM_SHUFFLE(2, 3, 0, 1)));
+  alignas(64) float tops[16];
+  _mm512_store_ps(tops, largest);
+  const RoundingScale even = ScaleOf(tops[0]), odd = ScaleOf(tops[4]);
+  const __m512 inverse = _mm512_mask_mov_ps(_mm512_set1_ps(even.inverse), 0xF0F0, _mm512_set1_ps(odd.inverse));
   for (size_t i = 0; i < 4; ++i) {
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(parts[i], _mm512_set1_ps(rounding.inverse)));
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(parts[i], inverse));
     _mm_store_si128(reinterpret_cast<__m128i*>(out + 16 * i), _mm512_cvtsepi32_epi8(rounded));
   }
-  return rounding.scale;
+  scales[0] = even.scale;
+  scales[1] = odd.scale;
 }
 
 }  // namespace

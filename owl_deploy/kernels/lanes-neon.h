@@ -153,10 +153,16 @@ static inline Bytes ExpandBytes(const uint8_t* mask, const int8_t* values) {
   return bytes;
 }
 static inline XBytes LoadX(const int8_t* x) { return LoadBytes(x); }
-static inline void DotAdd(Acc& acc, const Bytes& w, const XBytes& x, float scale) {
+// Lanes are fours of columns, and the two scales of a block take turns.
+using Scales = float32x4_t;
+static inline Scales LoadScales(const float* pair) {
+  const float32x2_t both = vld1_f32(pair);
+  return vcombine_f32(both, both);
+}
+static inline void DotAdd(Acc& acc, const Bytes& w, const XBytes& x, Scales scales) {
   int32x4_t dot = vdupq_n_s32(0);
   for (size_t i = 0; i < 4; ++i) dot = vdotq_s32(dot, w.v[i], x.v[i]);
-  acc.v[0] = vfmaq_n_f32(acc.v[0], vcvtq_f32_s32(dot), scale);
+  acc.v[0] = vfmaq_f32(acc.v[0], vcvtq_f32_s32(dot), scales);
 }
 
 static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, int8_t* low, int8_t* high) {
@@ -183,20 +189,24 @@ static inline WQuads SplatQuads(const int8_t* w) {
 }
 static inline XQuads LoadQuads(const uint8_t* x) { return vreinterpretq_s8_u8(vld1q_u8(x)); }
 static inline IntVec DotQuads(IntVec acc, XQuads x, WQuads w) { return vdotq_s32(acc, x, w); }
-static inline int32_t SumBytes(const Bytes&) { return 0; }
+static inline int32_t SumBytes(const Bytes&, size_t) { return 0; }
 
-static inline float RoundBlock(const float* x, size_t n, int8_t* out) {
+static inline void RoundBlock(const float* x, size_t n, int8_t* out, float* scales) {
   float block[64] = {};
   __builtin_memcpy(block, x, n * sizeof(float));
-  float32x4_t largest = vdupq_n_f32(0);
-  for (size_t i = 0; i < 64; i += 4) largest = vmaxq_f32(largest, vabsq_f32(vld1q_f32(block + i)));  // keeps a NaN
-  const RoundingScale rounding = ScaleOf(vmaxvq_f32(largest));
+  float32x4_t largest[2] = {vdupq_n_f32(0), vdupq_n_f32(0)};
+  for (size_t i = 0; i < 64; i += 4) {
+    float32x4_t& top = largest[i / 4 % 2];
+    top = vmaxq_f32(top, vabsq_f32(vld1q_f32(block + i)));  // keeps a NaN
+  }
+  const RoundingScale even = ScaleOf(vmaxvq_f32(largest[0])), odd = ScaleOf(vmaxvq_f32(largest[1]));
   for (size_t i = 0; i < 64; i += 8) {
-    const int32x4_t low = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(block + i), rounding.inverse));
-    const int32x4_t high = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(block + i + 4), rounding.inverse));
+    const int32x4_t low = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(block + i), even.inverse));
+    const int32x4_t high = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(block + i + 4), odd.inverse));
     vst1_s8(out + i, vqmovn_s16(vcombine_s16(vqmovn_s32(low), vqmovn_s32(high))));
   }
-  return rounding.scale;
+  scales[0] = even.scale;
+  scales[1] = odd.scale;
 }
 
 }  // namespace

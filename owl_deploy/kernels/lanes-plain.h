@@ -15,6 +15,15 @@ constexpr size_t kLookupPercent = 0;
 template <ValueType, class Acc>
 void LookupAdd(Acc&, const uint8_t*, const uint8_t*, const XBlock&) = delete;
 
+// Both scales of `n` blocks, each times its block's factor.
+static inline void ScalePairs(const float* pairs, const uint8_t* factors, size_t n, float* out) {
+  for (size_t j = 0; j < n; ++j) {
+    const float factor = static_cast<float>(factors[j]);
+    out[2 * j] = pairs[2 * j] * factor;
+    out[2 * j + 1] = pairs[2 * j + 1] * factor;
+  }
+}
+
 // Set bits of `n` masks.
 static inline size_t CountMasks(const uint8_t* masks, size_t n) {
   size_t count = 0;

@@ -137,10 +137,14 @@ static inline Bytes ExpandBytes(const uint8_t* mask, const int8_t* values) {
   return bytes;
 }
 static inline XBytes LoadX(const int8_t* x) { return LoadBytes(x); }
-static inline void DotAdd(Acc& acc, const Bytes& w, const XBytes& x, float scale) {
-  int32_t dot = 0;
-  for (size_t i = 0; i < 64; ++i) dot += w.v[i] * x.v[i];
-  acc.v[0][0] += scale * static_cast<float>(dot);
+struct Scales {
+  float v[2];
+};
+static inline Scales LoadScales(const float* pair) { return {{pair[0], pair[1]}}; }
+static inline void DotAdd(Acc& acc, const Bytes& w, const XBytes& x, const Scales& scales) {
+  int32_t dots[2] = {};
+  for (size_t i = 0; i < 64; ++i) dots[i / 4 % 2] += w.v[i] * x.v[i];
+  for (size_t half = 0; half < 2; ++half) acc.v[0][half] += scales.v[half] * static_cast<float>(dots[half]);
 }
 
 static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, int8_t* low, int8_t* high) {
@@ -169,21 +173,22 @@ static inline IntVec DotQuads(IntVec acc, const XQuads& x, const WQuads& w) {
   }
   return acc;
 }
-static inline int32_t SumBytes(const Bytes&) { return 0; }
+static inline int32_t SumBytes(const Bytes&, size_t) { return 0; }
 
-static inline float RoundBlock(const float* x, size_t n, int8_t* out) {
-  float largest = 0;
+static inline void RoundBlock(const float* x, size_t n, int8_t* out, float* scales) {
+  float largest[2] = {};
   for (size_t i = 0; i < n; ++i) {
+    float& top = largest[i / 4 % 2];
     const float magnitude = __builtin_fabsf(x[i]);
-    if (!(magnitude <= largest)) largest = magnitude;  // also takes what is not a number ...
-    if (magnitude != magnitude) break;                 // ... and stays with it
+    if (!(magnitude <= top) && top == top) top = magnitude;  // also takes what is not a number, and stays with it
   }
-  const RoundingScale rounding = ScaleOf(largest);
+  const RoundingScale rounding[2] = {ScaleOf(largest[0]), ScaleOf(largest[1])};
   for (size_t i = 0; i < 64; ++i) {
-    const float scaled = i < n && rounding.inverse != 0 ? x[i] * rounding.inverse : 0;
+    const float inverse = rounding[i / 4 % 2].inverse;
+    const float scaled = i < n && inverse != 0 ? x[i] * inverse : 0;
     out[i] = static_cast<int8_t>(__builtin_rintf(scaled));
   }
-  return rounding.scale;
+  for (size_t half = 0; half < 2; ++half) scales[half] = rounding[half].scale;
 }
 
 }  // namespace

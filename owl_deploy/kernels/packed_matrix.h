@@ -14,7 +14,7 @@ namespace owl {
 enum class ValueType : uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 enum class Encoding : uint8_t { kDense = 0, kBitmask = 1, kIndex16 = 2 };
 
-constexpr size_t kBlock = 64;       // columns of one mask word, and of one activation scale
+constexpr size_t kBlock = 64;       // columns of one mask word, and of two activation scales
 constexpr size_t kSlack = 64;       // bytes behind the last record, so that a 64-byte load never leaves the matrix
 constexpr size_t kNibbleRun = 128;  // int4 codes that lie interleaved in 64 bytes
 

@@ -398,8 +398,8 @@ OWL_INLINE Bytes NextBytes(ByteRow& row, size_t block, size_t n_whole, size_t n_
   return ExpandBytes(reinterpret_cast<const uint8_t*>(&mask), row.values);
 }
 
-// `scales`: what the product of a block is multiplied by; (kBatch, kRows, n_blocks) with group scales, else those of X
-// alone, (kBatch, n_blocks).
+// `scales`: what the products of a block's halves are multiplied by; (kBatch, kRows, n_blocks, 2) with group scales,
+// else those of X alone, (kBatch, n_blocks, 2).
 template <bool kIsDense, size_t kRows, size_t kBatch, bool kHasGroups>
 OWL_INLINE Stream IntRows(const Product& p, size_t row, const ByteRow* rows, size_t first, const float* scales,
                           Stream stream) {
@@ -419,7 +419,8 @@ OWL_INLINE Stream IntRows(const Product& p, size_t row, const ByteRow* rows, siz
     for (size_t b = 0; b < kBatch; ++b) {
       const XBytes bytes = LoadX(x + b * p.stride + kBlock * j);
       for (size_t r = 0; r < kRows; ++r) {
-        DotAdd(sums[b][r], blocks[r], bytes, scales[(kHasGroups ? b * kRows + r : b) * n_blocks + j]);
+        DotAdd(sums[b][r], blocks[r], bytes,
+               LoadScales(scales + 2 * ((kHasGroups ? b * kRows + r : b) * n_blocks + j)));
       }
     }
   }
@@ -437,18 +438,15 @@ OWL_INLINE Stream IntRows(const Product& p, size_t row, const ByteRow* rows, siz
 OWL_INLINE void CombineScales(const PackedMatrix& w, const ByteRow* rows, size_t n_rows, const float* x_scales,
                               float* scales) {
   const size_t n_blocks = BlocksOf(w), blocks_per_group = w.group / kBlock;
-  for (size_t r = 0; r < n_rows; ++r, scales += n_blocks) {
+  for (size_t r = 0; r < n_rows; ++r, scales += 2 * n_blocks) {
     const uint8_t* groups = rows[r].groups;
     if (blocks_per_group == 1) {
-      for (size_t j = 0; j < n_blocks; ++j) scales[j] = x_scales[j] * static_cast<float>(groups[j]);
+      ScalePairs(x_scales, groups, n_blocks, scales);
       continue;
     }
-    for (size_t j = 0, left = blocks_per_group; j < n_blocks; ++j) {
-      scales[j] = x_scales[j] * static_cast<float>(*groups);
-      if (--left == 0) {
-        left = blocks_per_group;
-        ++groups;
-      }
+    for (size_t j = 0; j < n_blocks; j += blocks_per_group, ++groups) {
+      const float factor = static_cast<float>(*groups);
+      for (size_t i = 2 * j; i < 2 * (j + blocks_per_group) && i < 2 * n_blocks; ++i) scales[i] = x_scales[i] * factor;
     }
   }
 }
@@ -457,10 +455,10 @@ template <bool kIsDense, size_t kRows, size_t kBatch, bool kHasGroups>
 OWL_INLINE Stream ScaledIntRows(const Product& p, size_t row, const ByteRow* rows, size_t first, float* memory,
                                 Stream stream) {
   const size_t n_blocks = BlocksOf(*p.w);
-  const float* scales = p.scales + first * n_blocks;
+  const float* scales = p.scales + first * 2 * n_blocks;
   if (kHasGroups) {
     for (size_t b = 0; b < kBatch; ++b) {
-      CombineScales(*p.w, rows, kRows, scales + b * n_blocks, memory + b * kRows * n_blocks);
+      CombineScales(*p.w, rows, kRows, scales + b * 2 * n_blocks, memory + b * kRows * 2 * n_blocks);
     }
     scales = memory;
   }
@@ -488,7 +486,7 @@ OWL_INLINE size_t RowsAhead(const PackedMatrix& w) {
 
 // Of two rows of X, with group scales.
 OWL_INLINE size_t ScaleBytes(const PackedMatrix& w) {
-  return w.group == 0 ? 0 : (2 * kRowsSingle * BlocksOf(w) * sizeof(float) + 63) / 64 * 64;
+  return w.group == 0 ? 0 : (2 * kRowsSingle * 2 * BlocksOf(w) * sizeof(float) + 63) / 64 * 64;
 }
 
 template <ValueType kType, bool kIsDense, bool kHasGroups>
@@ -526,7 +524,7 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
   int8_t* decoded = reinterpret_cast<int8_t*>(scratch);
   int8_t* dense = decoded + (decoded_bytes + 63) / 64 * 64;                     // (kByteRows, padded)
   float* scales = reinterpret_cast<float*>(dense + kByteRows * padded);         // (n_blocks, kByteRows)
-  int32_t* starts = reinterpret_cast<int32_t*>(scales + kByteRows * n_blocks);  // (n_blocks, kByteRows)
+  int32_t* starts = reinterpret_cast<int32_t*>(scales + kByteRows * n_blocks);  // (n_blocks, 2, kByteRows)
   __builtin_memset(dense, 0, kByteRows * padded);
   for (size_t row = begin; row < end; row += kByteRows) {
     const size_t n_rows = end - row < kByteRows ? end - row : kByteRows;
@@ -541,21 +539,24 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
           left = w.group / kBlock;
           ++group;
         }
-        starts[j * kByteRows + r] = kXOffset == 0 ? 0 : -kXOffset * SumBytes(bytes);
+        for (size_t half = 0; half < 2; ++half) {
+          starts[(2 * j + half) * kByteRows + r] = kXOffset == 0 ? 0 : -kXOffset * SumBytes(bytes, half);
+        }
       }
     }
     for (size_t first = 0; first < p.m; first += kTile) {
       const uint8_t* x = p.bytes + first * padded;
-      const float* x_scales = p.scales + first * n_blocks;
+      const float* x_scales = p.scales + first * 2 * n_blocks;
       Vec sums[kByteRows][kVecs] = {};
-      for (size_t j = 0; j < n_blocks; ++j) {
+      for (size_t half = 0; half < 2 * n_blocks; ++half) {  // fours of columns with one scale: every other one
+        const size_t j = half / 2;
         IntVec products[kByteRows][kVecs];
         for (size_t r = 0; r < kByteRows; ++r) {
           // Each lane is another row of X, and each of them was shifted by the same offset.
-          for (size_t v = 0; v < kVecs; ++v) products[r][v] = SplatInt(starts[j * kByteRows + r]);
+          for (size_t v = 0; v < kVecs; ++v) products[r][v] = SplatInt(starts[half * kByteRows + r]);
         }
         const int8_t* block = dense + j * kBlock;
-        for (size_t quad = 0; quad < kBlock / 4; ++quad, x += 4 * kTile) {
+        for (size_t quad = half % 2; quad < kBlock / 4; quad += 2, x += 4 * kTile) {
           XQuads parts[kVecs];
           for (size_t v = 0; v < kVecs; ++v) parts[v] = LoadQuads(x + 4 * kLanes * v);
           for (size_t r = 0; r < kByteRows; ++r) {
@@ -564,7 +565,7 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
           }
         }
         for (size_t v = 0; v < kVecs; ++v) {
-          const Vec scale = *reinterpret_cast<const VecMem*>(x_scales + j * kTile + v * kLanes);
+          const Vec scale = *reinterpret_cast<const VecMem*>(x_scales + half * kTile + v * kLanes);
           for (size_t r = 0; r < kByteRows; ++r)
             sums[r][v] += ToFloat(products[r][v]) * (scale * scales[j * kByteRows + r]);
         }
@@ -616,7 +617,7 @@ static void Prepare(const Product& p, const float* x, size_t i, float* floats, u
     case Layout::kByteRows:
       for (size_t j = 0; j < n_blocks; ++j) {
         const size_t left = n - j * kBlock;
-        scales[i * n_blocks + j] = RoundBlock(x + i * n + j * kBlock, left < kBlock ? left : kBlock, block);
+        RoundBlock(x + i * n + j * kBlock, left < kBlock ? left : kBlock, block, scales + 2 * (i * n_blocks + j));
         __builtin_memcpy(bytes + i * padded + j * kBlock, block, kBlock);
       }
       return;
@@ -625,16 +626,18 @@ static void Prepare(const Product& p, const float* x, size_t i, float* floats, u
         const size_t m = i * p.tile + t;
         for (size_t j = 0; j < n_blocks; ++j) {
           const size_t left = n - j * kBlock;
-          float scale = 0;
+          float pair[2] = {};
           if (m < p.m) {
-            scale = RoundBlock(x + m * n + j * kBlock, left < kBlock ? left : kBlock, block);
+            RoundBlock(x + m * n + j * kBlock, left < kBlock ? left : kBlock, block, pair);
           } else {
             __builtin_memset(block, 0, kBlock);
           }
-          scales[i * p.tile * n_blocks + j * p.tile + t] = scale;
           uint8_t* out = bytes + i * p.tile * padded + j * kBlock * p.tile + 4 * t;
-          for (size_t quad = 0; quad < kBlock / 4; ++quad, out += 4 * p.tile) {
-            for (size_t k = 0; k < 4; ++k) out[k] = static_cast<uint8_t>(block[4 * quad + k] + kXOffset);
+          for (size_t half = 0; half < 2; ++half) {
+            scales[(i * n_blocks + j) * 2 * p.tile + half * p.tile + t] = pair[half];
+            for (size_t quad = half; quad < kBlock / 4; quad += 2, out += 4 * p.tile) {
+              for (size_t k = 0; k < 4; ++k) out[k] = static_cast<uint8_t>(block[4 * quad + k] + kXOffset);
+            }
           }
         }
       }
@@ -652,7 +655,7 @@ static size_t ScratchBytes(const Product& p) {
     case Layout::kByteRows:
       return ScaleBytes(w) + (w.value_type == ValueType::kInt4 ? RowsAhead(w) * DecodedBytes(w) : 0);
     case Layout::kByteTiles:
-      return (DecodedBytes(w) + 63) / 64 * 64 + BlocksOf(w) * kByteRows * (kBlock + 8);
+      return (DecodedBytes(w) + 63) / 64 * 64 + BlocksOf(w) * kByteRows * (kBlock + 12);
   }
   return 0;
 }

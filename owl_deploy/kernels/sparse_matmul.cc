@@ -130,7 +130,7 @@ void SparseMatMul(const PackedMatrix& w, const std::vector<uint32_t>& cuts, cons
     case Layout::kByteRows:
     case Layout::kByteTiles:
       byte_bytes = Aligned(rows * padded);
-      scale_bytes = Aligned(rows * n_blocks * 4);
+      scale_bytes = Aligned(rows * n_blocks * 2 * sizeof(float));
       break;
   }
   const size_t n_pieces = cuts.size() - 1;

@@ -26,7 +26,7 @@ std::vector<uint32_t> CutRows(const PackedMatrix& w);
 // Y = X W^T (+ bias).
 //
 // x: (m, w.n_columns) float32, rows one after the other. y: (m, w.n_rows) float32. bias: (w.n_rows), or null.
-// int8 and int4 weights multiply X rounded to int8 per row and 64 columns (not in index16).
+// int8 and int4 weights multiply X rounded to int8 per row and 32 columns (not in index16).
 // Sums are kept in float32, blocks of int8 products in int32. Does not throw, but for std::bad_alloc.
 void SparseMatMul(const PackedMatrix& w, const std::vector<uint32_t>& cuts, const float* x, size_t m, const float* bias,
                   float* y, ParallelFor parallel_for, void* pool);

@@ -63,16 +63,19 @@ struct RoundedX {
 RoundedX RoundX(const float* x, size_t m, size_t K) {
   RoundedX rounded{std::vector<double>(m * K), std::vector<double>(m * K), std::vector<double>(m * K)};
   for (size_t i = 0; i < m; ++i) {
-    for (size_t begin = 0; begin < K; begin += 64) {
-      const size_t end = std::min(K, begin + 64);
+    for (size_t first = 0; first < K; first += first % 64 == 0 ? 4 : 60) {  // 0, 4, 64, 68, ...
+      std::vector<size_t> columns;
+      for (size_t four = first; four < std::min(K, first / 64 * 64 + 64); four += 8) {
+        for (size_t k = four; k < std::min(K, four + 4); ++k) columns.push_back(i * K + k);
+      }
       double largest = 0;
-      for (size_t k = begin; k < end; ++k) largest = std::max(largest, std::fabs(static_cast<double>(x[i * K + k])));
+      for (const size_t at : columns) largest = std::max(largest, std::fabs(static_cast<double>(x[at])));
       const double scale = largest / 127;
-      for (size_t k = begin; k < end; ++k) {
-        const double quotient = largest == 0 ? 0 : x[i * K + k] / scale, below = std::floor(quotient);
-        rounded.value[i * K + k] = (quotient - below < 0.5 ? below : below + 1) * scale;
-        rounded.slack[i * K + k] = std::fabs(quotient - below - 0.5) < 1e-4 ? scale : 0;
-        rounded.half_step[i * K + k] = 0.51 * scale;
+      for (const size_t at : columns) {
+        const double quotient = largest == 0 ? 0 : x[at] / scale, below = std::floor(quotient);
+        rounded.value[at] = (quotient - below < 0.5 ? below : below + 1) * scale;
+        rounded.slack[at] = std::fabs(quotient - below - 0.5) < 1e-4 ? scale : 0;
+        rounded.half_step[at] = 0.51 * scale;
       }
     }
   }
