@@ -39,9 +39,9 @@ struct Kernels {
   Layout (*layout)(ValueType type, Encoding encoding, size_t m, size_t* tile);
   // Writes tile or row `i` of the prepared X.
   void (*prepare)(const Product& product, const float* x, size_t i, float* floats, uint8_t* bytes, float* scales);
-  // Bytes of scratch memory that `multiply` needs, 64-byte aligned.
+  // Bytes of scratch memory that `multiply` needs for each piece of W, 64-byte aligned.
   size_t (*scratch_bytes)(const Product& product);
-  // Rows [begin, end) of W.
+  // Rows [begin, end) of W. With kTiles, pieces of `product` may be taken at the same time for several tiles.
   void (*multiply)(const Product& product, size_t begin, size_t end, uint8_t* scratch);
 };
 

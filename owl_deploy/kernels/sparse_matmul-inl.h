@@ -16,6 +16,7 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float VecMem __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // in memory, anywhere
+typedef float AnyFloat __attribute__((aligned(1), may_alias));                         // in a record
 
 constexpr size_t kGroupRows = 64;  // rows of W whose tile of Y stays in cache: 16 KiB
 constexpr size_t kListsAhead = 8;  // rows whose columns are listed before the first is multiplied, see MultiplyTiles
@@ -191,7 +192,7 @@ static void MultiplyIndexRows(const Product& p, size_t begin, size_t end) {
 // ---- float values, many rows of X: each stored value meets a tile of X, zeros cost nothing ----
 
 template <size_t kVecs>
-OWL_INLINE void MulTile(float* sums, const float* panel, const uint8_t* columns, const float* values, size_t n) {
+OWL_INLINE void MulTile(float* sums, const float* panel, const uint8_t* columns, const AnyFloat* values, size_t n) {
   constexpr size_t kTile = kVecs * kLanes;
   constexpr size_t kChains = kVecs >= 4 ? 1 : 4 / kVecs;  // independent sums, to cover the latency of one
   Vec acc[kChains][kVecs] = {};
@@ -217,7 +218,7 @@ OWL_INLINE void MulTile(float* sums, const float* panel, const uint8_t* columns,
 
 // The same for rows without zeros, four of them for each load of X; fewer than four repeat the first one.
 template <size_t kVecs>
-OWL_INLINE void MulTileDense(float* sums, const float* panel, const float* const (&values)[4], size_t n,
+OWL_INLINE void MulTileDense(float* sums, const float* panel, const AnyFloat* const (&values)[4], size_t n,
                              size_t n_rows) {
   constexpr size_t kStep = kVecs > 4 ? 4 : kVecs;  // vectors at a time: four rows of them are sixteen sums
   constexpr size_t kTile = kVecs * kLanes;
@@ -246,11 +247,12 @@ struct Cursor {
   size_t n_left;  // of a list
 };
 
-// The stored columns of a block, counted from its first, and their values.
+// The stored columns of a block, counted from its first, and their values: in the record itself where they are float32.
 struct BlockList {
-  float values[kBlock];
-  uint8_t columns[kBlock];
+  const AnyFloat* values;
   size_t n;
+  uint8_t columns[kBlock];
+  float converted[kBlock];
 };
 
 struct TileScratch {
@@ -272,13 +274,19 @@ OWL_INLINE void ReadBlock(Cursor& cursor, size_t block, size_t n_columns, BlockL
     cursor.columns += 2 * n;
     cursor.n_left -= n;
   }
-  ConvertValues<kType>(cursor.values, n, list.values);
+  if constexpr (kType == ValueType::kFloat32) {
+    list.values = reinterpret_cast<const AnyFloat*>(cursor.values);
+  } else {
+    ConvertValues<kType>(cursor.values, n, list.converted);
+    list.values = list.converted;
+  }
   cursor.values += n * SizeOf(kType);
   list.n = n;
 }
 
 template <ValueType kType, Encoding kEncoding, size_t kVecs>
-static void MultiplyTiles(const Product& p, size_t begin, size_t end, TileScratch& scratch) {
+static void MultiplyTiles(const Product& p, size_t begin, size_t end) {
+  alignas(64) TileScratch scratch;  // on the stack, 22 KiB: a piece of W may meet several tiles at once
   constexpr size_t kTile = kVecs * kLanes;
   const PackedMatrix& w = *p.w;
   const size_t n_blocks = BlocksOf(w);
@@ -306,13 +314,14 @@ static void MultiplyTiles(const Product& p, size_t begin, size_t end, TileScratc
           for (size_t i = 0; i < n_lists; ++i) {
             ReadBlock<kType, kEncoding>(scratch.cursors[r + i], j, w.n_columns, scratch.lists[i]);
             __builtin_prefetch(scratch.cursors[r + i].values + 128);
-            // Each row asks for its share of the next block of X.
+            // Each row asks for its sums, and for its share of the next block of X.
+            for (size_t t = 0; t < kTile; t += 16) __builtin_prefetch(scratch.sums + (r + i) * kTile + t, 1);
             const float* next = panel + (kBlock + r + i) * kTile;
             for (size_t line = 0; line < kTile && j + 1 < n_blocks; line += 16) __builtin_prefetch(next + line, 0, 2);
           }
           if constexpr (kEncoding == Encoding::kDense) {
             for (size_t i = 0; i < n_lists; i += 4) {
-              const float* values[4];
+              const AnyFloat* values[4];
               for (size_t k = 0; k < 4; ++k) values[k] = scratch.lists[i + k < n_lists ? i + k : i].values;
               const size_t left = n_lists - i;
               MulTileDense<kVecs>(scratch.sums + (r + i) * kTile, panel, values, scratch.lists[i].n,
@@ -344,11 +353,10 @@ static void MultiplyTiles(const Product& p, size_t begin, size_t end, TileScratc
 }
 
 template <ValueType kType, Encoding kEncoding>
-static void MultiplyAnyTiles(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
-  TileScratch& memory = *reinterpret_cast<TileScratch*>(scratch);
-  if (p.tile == 16) return MultiplyTiles<kType, kEncoding, 16 / kLanes>(p, begin, end, memory);
-  if (p.tile == 32) return MultiplyTiles<kType, kEncoding, 32 / kLanes>(p, begin, end, memory);
-  return MultiplyTiles<kType, kEncoding, 64 / kLanes>(p, begin, end, memory);
+static void MultiplyAnyTiles(const Product& p, size_t begin, size_t end) {
+  if (p.tile == 16) return MultiplyTiles<kType, kEncoding, 16 / kLanes>(p, begin, end);
+  if (p.tile == 32) return MultiplyTiles<kType, kEncoding, 32 / kLanes>(p, begin, end);
+  return MultiplyTiles<kType, kEncoding, 64 / kLanes>(p, begin, end);
 }
 
 // ---- int8 and int4 values ----
@@ -649,9 +657,8 @@ static size_t ScratchBytes(const Product& p) {
   const PackedMatrix& w = *p.w;
   switch (p.layout) {
     case Layout::kRows:
-      return 0;
     case Layout::kTiles:
-      return sizeof(TileScratch);
+      return 0;
     case Layout::kByteRows:
       return ScaleBytes(w) + (w.value_type == ValueType::kInt4 ? RowsAhead(w) * DecodedBytes(w) : 0);
     case Layout::kByteTiles:
@@ -661,7 +668,7 @@ static size_t ScratchBytes(const Product& p) {
 }
 
 template <ValueType kType>
-static void MultiplyFloats(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+static void MultiplyFloats(const Product& p, size_t begin, size_t end) {
   if (p.layout == Layout::kRows) {
     if (p.w->encoding == Encoding::kDense) return MultiplyFloatRows<kType, Reading::kDense>(p, begin, end);
     if (p.w->encoding == Encoding::kIndex16) return MultiplyIndexRows<kType>(p, begin, end);
@@ -671,9 +678,9 @@ static void MultiplyFloats(const Product& p, size_t begin, size_t end, uint8_t* 
     }
     return MultiplyFloatRows<kType, Reading::kSpread>(p, begin, end);
   }
-  if (p.w->encoding == Encoding::kDense) return MultiplyAnyTiles<kType, Encoding::kDense>(p, begin, end, scratch);
-  if (p.w->encoding == Encoding::kBitmask) return MultiplyAnyTiles<kType, Encoding::kBitmask>(p, begin, end, scratch);
-  return MultiplyAnyTiles<kType, Encoding::kIndex16>(p, begin, end, scratch);
+  if (p.w->encoding == Encoding::kDense) return MultiplyAnyTiles<kType, Encoding::kDense>(p, begin, end);
+  if (p.w->encoding == Encoding::kBitmask) return MultiplyAnyTiles<kType, Encoding::kBitmask>(p, begin, end);
+  return MultiplyAnyTiles<kType, Encoding::kIndex16>(p, begin, end);
 }
 
 template <ValueType kType, bool kIsDense>
@@ -690,15 +697,15 @@ static void Multiply(const Product& p, size_t begin, size_t end, uint8_t* scratc
   const bool is_dense = p.w->encoding == Encoding::kDense;
   switch (p.w->value_type) {
     case ValueType::kFloat32:
-      return MultiplyFloats<ValueType::kFloat32>(p, begin, end, scratch);
+      return MultiplyFloats<ValueType::kFloat32>(p, begin, end);
     case ValueType::kFloat16:
-      return MultiplyFloats<ValueType::kFloat16>(p, begin, end, scratch);
+      return MultiplyFloats<ValueType::kFloat16>(p, begin, end);
     case ValueType::kBFloat16:
-      return MultiplyFloats<ValueType::kBFloat16>(p, begin, end, scratch);
+      return MultiplyFloats<ValueType::kBFloat16>(p, begin, end);
     case ValueType::kInt8:
       if (p.w->encoding == Encoding::kIndex16) {
         if (p.layout == Layout::kRows) return MultiplyIndexRows<ValueType::kInt8>(p, begin, end);
-        return MultiplyAnyTiles<ValueType::kInt8, Encoding::kIndex16>(p, begin, end, scratch);
+        return MultiplyAnyTiles<ValueType::kInt8, Encoding::kIndex16>(p, begin, end);
       }
       if (is_dense) return MultiplyInts<ValueType::kInt8, true>(p, begin, end, scratch);
       return MultiplyInts<ValueType::kInt8, false>(p, begin, end, scratch);

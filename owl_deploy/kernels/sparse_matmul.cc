@@ -65,6 +65,7 @@ struct Multiplication {
   const Kernels* kernels;
   const Product* product;
   const std::vector<uint32_t>* cuts;
+  size_t n_pieces;
   uint8_t* scratch;
   size_t scratch_bytes;
   std::atomic<size_t> next{0};
@@ -155,14 +156,25 @@ void SparseMatMul(const PackedMatrix& w, const std::vector<uint32_t>& cuts, cons
     (rows * padded < 16384 ? SerialFor : parallel_for)(pool, n_units, prepare, &preparation);
   }
 
-  Multiplication work{&kernels, &product, &cuts, reinterpret_cast<uint8_t*>(scales) + scale_bytes, scratch_bytes, {}};
+  // A tile of floats meets all of W before the next one: it stays in the second cache, where two would not.
+  const size_t n_tiles = product.layout == Layout::kTiles ? n_units : 1;
+  Multiplication work{&kernels,      &product, &cuts, n_pieces, reinterpret_cast<uint8_t*>(scales) + scale_bytes,
+                      scratch_bytes, {}};
   const auto multiply = [](void* state, size_t) {
     Multiplication& p = *static_cast<Multiplication*>(state);
-    // Pieces are taken in order by whoever is free, whatever share of the loop a thread was given.
-    const size_t piece = p.next.fetch_add(1, std::memory_order_relaxed);
-    p.kernels->multiply(*p.product, (*p.cuts)[piece], (*p.cuts)[piece + 1], p.scratch + piece * p.scratch_bytes);
+    // Items are taken in order by whoever is free, whatever share of the loop a thread was given.
+    const size_t item = p.next.fetch_add(1, std::memory_order_relaxed);
+    const size_t tile = item / p.n_pieces, piece = item % p.n_pieces;
+    Product part = *p.product;
+    if (part.layout == Layout::kTiles) {
+      part.floats += tile * part.tile * part.w->n_columns;
+      part.y += tile * part.tile * part.w->n_rows;
+      part.m = std::min(part.tile, part.m - tile * part.tile);
+    }
+    p.kernels->multiply(part, (*p.cuts)[piece], (*p.cuts)[piece + 1], p.scratch + piece * p.scratch_bytes);
   };
-  (n_pieces == 1 ? SerialFor : parallel_for)(pool, n_pieces, multiply, &work);
+  const size_t n_items = n_tiles * n_pieces;
+  (n_items == 1 ? SerialFor : parallel_for)(pool, n_items, multiply, &work);
 }
 
 }  // namespace owl
