@@ -313,11 +313,10 @@ static void MultiplyTiles(const Product& p, size_t begin, size_t end) {
           const size_t n_lists = n_rows - r < kListsAhead ? n_rows - r : kListsAhead;
           for (size_t i = 0; i < n_lists; ++i) {
             ReadBlock<kType, kEncoding>(scratch.cursors[r + i], j, w.n_columns, scratch.lists[i]);
+            // Sixty-four rows are too many streams for a processor to foresee; X is one, and is left to it.
             __builtin_prefetch(scratch.cursors[r + i].values + 128);
-            // Each row asks for its sums, and for its share of the next block of X.
+            __builtin_prefetch(scratch.cursors[r + i].columns + 64);
             for (size_t t = 0; t < kTile; t += 16) __builtin_prefetch(scratch.sums + (r + i) * kTile + t, 1);
-            const float* next = panel + (kBlock + r + i) * kTile;
-            for (size_t line = 0; line < kTile && j + 1 < n_blocks; line += 16) __builtin_prefetch(next + line, 0, 2);
           }
           if constexpr (kEncoding == Encoding::kDense) {
             for (size_t i = 0; i < n_lists; i += 4) {
