@@ -17,6 +17,10 @@ __all__ = ["MachineClass", "choose_encoding", "product_ns"]
 MachineClass = Literal["x86-avx512-vbmi2", "x86-avx2", "arm-neon", "portable"]
 
 
+# `kLookupPercent` of owl_deploy/kernels/lanes-avx512.h.
+_FEW = 0.22
+
+
 @dataclass(frozen=True)
 class _Cost:
     """What one encoding of one value type costs a thread, beside its bytes."""
@@ -25,6 +29,8 @@ class _Cost:
     """For each of N x K positions, stored or not."""
     value_ns: float = 0.0
     """For each stored value."""
+    few_column_ns: float | None = None
+    """Instead of `column_ns` where at most `_FEW` of the positions are stored: the kernel then has another loop."""
 
 
 @dataclass(frozen=True)
@@ -36,58 +42,57 @@ class _Machine:
 
 
 # Fitted to what `make bench-kernels` prints in its column "best ns/64" (nanoseconds of a thread per 64 columns, W
-# 4096 x 11008, two cores of an AMD EPYC with AVX-512): float32 bitmask 3.8-4.2, float16 4.2, int8 1.7, int4 2.1-2.8,
-# and per stored value of a list 0.6, 0.55 and 0.46. bf16 is taken as fp16. Classes other than x86-avx512-vbmi2 are
-# rough estimates of how encodings compare there.
+# 4096 x 11008, 50, 70 and 90 %, two cores of an AMD EPYC with AVX-512), with OWL_KERNEL_TARGET for the classes below the
+# machine's own. bf16 is taken as fp16. arm-neon is a rough estimate: no such machine was measured.
 _MACHINES: MappingProxyType[MachineClass, _Machine] = MappingProxyType(
     {
         "x86-avx512-vbmi2": _Machine(
             bytes_per_ns=16.0,
             costs={
                 "dense": {
-                    "fp32": _Cost(0.07),
-                    "fp16": _Cost(0.062),
-                    "bf16": _Cost(0.062),
-                    "int8": _Cost(0.02),
-                    "int4": _Cost(0.045),
+                    "fp32": _Cost(0.05),
+                    "fp16": _Cost(0.055),
+                    "bf16": _Cost(0.055),
+                    "int8": _Cost(0.018),
+                    "int4": _Cost(0.050),
                 },
                 "bitmask": {
-                    "fp32": _Cost(0.062),
-                    "fp16": _Cost(0.065),
-                    "bf16": _Cost(0.065),
-                    "int8": _Cost(0.027),
-                    "int4": _Cost(0.031, 0.02),
+                    "fp32": _Cost(0.053, few_column_ns=0.031),
+                    "fp16": _Cost(0.055, few_column_ns=0.032),
+                    "bf16": _Cost(0.065, few_column_ns=0.034),
+                    "int8": _Cost(0.026),
+                    "int4": _Cost(0.031, 0.025),
                 },
                 "index16": {
                     "fp32": _Cost(0.0, 0.60),
                     "fp16": _Cost(0.0, 0.55),
                     "bf16": _Cost(0.0, 0.55),
-                    "int8": _Cost(0.0, 0.46),
+                    "int8": _Cost(0.0, 0.48),
                 },
             },
         ),
         "x86-avx2": _Machine(
-            bytes_per_ns=10.0,
+            bytes_per_ns=16.0,
             costs={
                 "dense": {
-                    "fp32": _Cost(0.08),
-                    "fp16": _Cost(0.09),
-                    "bf16": _Cost(0.09),
-                    "int8": _Cost(0.03),
-                    "int4": _Cost(0.05),
+                    "fp32": _Cost(0.07),
+                    "fp16": _Cost(0.07),
+                    "bf16": _Cost(0.07),
+                    "int8": _Cost(0.045),
+                    "int4": _Cost(0.062),
                 },
                 "bitmask": {
-                    "fp32": _Cost(0.16),
-                    "fp16": _Cost(0.18),
-                    "bf16": _Cost(0.18),
-                    "int8": _Cost(0.14),
-                    "int4": _Cost(0.14, 0.03),
+                    "fp32": _Cost(0.072, 0.094),
+                    "fp16": _Cost(0.066, 0.10),
+                    "bf16": _Cost(0.066, 0.10),
+                    "int8": _Cost(0.058, 0.06),
+                    "int4": _Cost(0.074, 0.065),
                 },
                 "index16": {
-                    "fp32": _Cost(0.0, 0.45),
-                    "fp16": _Cost(0.0, 0.50),
-                    "bf16": _Cost(0.0, 0.50),
-                    "int8": _Cost(0.0, 0.50),
+                    "fp32": _Cost(0.0, 0.78),
+                    "fp16": _Cost(0.0, 0.68),
+                    "bf16": _Cost(0.0, 0.68),
+                    "int8": _Cost(0.0, 0.60),
                 },
             },
         ),
@@ -117,27 +122,27 @@ _MACHINES: MappingProxyType[MachineClass, _Machine] = MappingProxyType(
             },
         ),
         "portable": _Machine(
-            bytes_per_ns=8.0,
+            bytes_per_ns=10.0,
             costs={
                 "dense": {
-                    "fp32": _Cost(0.35),
+                    "fp32": _Cost(0.40),
                     "fp16": _Cost(1.50),
                     "bf16": _Cost(0.45),
-                    "int8": _Cost(0.35),
-                    "int4": _Cost(0.80),
+                    "int8": _Cost(0.92),
+                    "int4": _Cost(1.40),
                 },
                 "bitmask": {
-                    "fp32": _Cost(0.10, 1.00),
-                    "fp16": _Cost(0.10, 2.00),
-                    "bf16": _Cost(0.10, 1.10),
-                    "int8": _Cost(0.10, 1.00),
-                    "int4": _Cost(0.10, 1.40),
+                    "fp32": _Cost(0.50, 0.85),
+                    "fp16": _Cost(0.50, 1.85),
+                    "bf16": _Cost(0.50, 0.95),
+                    "int8": _Cost(0.97, 1.25),
+                    "int4": _Cost(1.13, 1.10),
                 },
                 "index16": {
-                    "fp32": _Cost(0.0, 0.80),
-                    "fp16": _Cost(0.0, 1.80),
-                    "bf16": _Cost(0.0, 0.90),
-                    "int8": _Cost(0.0, 0.80),
+                    "fp32": _Cost(0.0, 1.15),
+                    "fp16": _Cost(0.0, 1.85),
+                    "bf16": _Cost(0.0, 1.25),
+                    "int8": _Cost(0.0, 1.06),
                 },
             },
         ),
@@ -189,7 +194,10 @@ def product_ns(
     n_positions = shape[0] * shape[1]
     n_values = n_positions if encoding == "dense" else n_nonzeros
     reading = packed_bytes(shape, n_nonzeros, precision, encoding) / machine.bytes_per_ns
-    return max(reading, n_positions * cost.column_ns + n_values * cost.value_ns)
+    column_ns = cost.column_ns
+    if cost.few_column_ns is not None and n_values <= _FEW * n_positions:
+        column_ns = cost.few_column_ns
+    return max(reading, n_positions * column_ns + n_values * cost.value_ns)
 
 
 def _encodings(shape: tuple[int, int], precision: Precision, machine_class: MachineClass) -> list[Encoding]:
