@@ -42,8 +42,8 @@ class _Machine:
 
 
 # Fitted to what `make bench-kernels` prints in its column "best ns/64" (nanoseconds of a thread per 64 columns, W
-# 4096 x 11008, 50, 70 and 90 %, two cores of an AMD EPYC with AVX-512), with OWL_KERNEL_TARGET for the classes below the
-# machine's own. bf16 is taken as fp16. arm-neon is a rough estimate: no such machine was measured.
+# 4096 x 11008, 50, 70 and 90 %, two cores of an AMD EPYC with AVX-512), with OWL_KERNEL_TARGET for the classes below
+# the machine's own. bf16 is taken as fp16. arm-neon is a rough estimate: no such machine was measured.
 _MACHINES: MappingProxyType[MachineClass, _Machine] = MappingProxyType(
     {
         "x86-avx512-vbmi2": _Machine(

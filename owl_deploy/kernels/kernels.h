@@ -36,7 +36,7 @@ struct Product {
 struct Kernels {
   const char* name;
   // How X is laid out for m rows, and how many rows of X a tile takes.
-  Layout (*layout)(ValueType type, Encoding encoding, size_t m, size_t* tile);
+  Layout (*layout)(const PackedMatrix& w, size_t m, size_t* tile);
   // Writes tile or row `i` of the prepared X.
   void (*prepare)(const Product& product, const float* x, size_t i, float* floats, uint8_t* bytes, float* scales);
   // Bytes of scratch memory that `multiply` needs for each piece of W, 64-byte aligned.

@@ -14,6 +14,7 @@ constexpr size_t kRowsSingle = 2;
 constexpr size_t kRowsBatch = 1;
 constexpr size_t kMaxBatch = 4;
 constexpr size_t kTileFrom = 5;
+constexpr size_t kTileFromFull = 5;
 constexpr size_t kByteTileFrom = 5;
 
 struct Acc {

@@ -14,6 +14,7 @@ constexpr size_t kRowsSingle = 4;  // x, its signs and scales are loaded once fo
 constexpr size_t kRowsBatch = 2;
 constexpr size_t kMaxBatch = 8;
 constexpr size_t kTileFrom = 9;
+constexpr size_t kTileFromFull = 25;
 constexpr size_t kByteTileFrom = 6;
 
 struct Acc {

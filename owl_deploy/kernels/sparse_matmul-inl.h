@@ -1,8 +1,10 @@
 // The algorithm, written once. Every target file defines OWL_TARGET, includes its lanes and then this.
 //
 // Lanes give: kName, kLanes (floats in a Vec), kRowsSingle and kRowsBatch (rows of W taken together), kMaxBatch (rows
-// of X against one expanded block), kByteTileFrom (rows of X from which bytes go in tiles), kXOffset (what is added to
-// the bytes of a tile), and the types and functions used below. A block is 64 columns throughout.
+// of X against one expanded block), kTileFrom (rows of X from which floats go in tiles) and kTileFromFull (the same
+// where more than 40 % is stored), kByteTileFrom (the same for bytes), kXOffset (what is added to the bytes of a tile),
+// kLookupPercent (stored values, of a hundred, up to which X is looked up for them rather than they are spread out),
+// and the types and functions used below. A block is 64 columns throughout.
 //
 // Everything is static: an inline function of another target must not be merged with one of this.
 //
@@ -110,10 +112,14 @@ OWL_INLINE Stream FloatRows(const Product& p, size_t row, size_t first, Stream s
       }
       continue;
     }
+    Block blocks[kRows];
     for (size_t r = 0; r < kRows; ++r) {
-      const Block block = kIsDense ? LoadBlock<kType>(values[r]) : ExpandBlock<kType>(masks[r] + 8 * j, values[r]);
+      blocks[r] = kIsDense ? LoadBlock<kType>(values[r]) : ExpandBlock<kType>(masks[r] + 8 * j, values[r]);
       values[r] += SizeOf(kType) * (kIsDense ? kBlock : CountBits(masks[r] + 8 * j));
-      for (size_t b = 0; b < kBatch; ++b) MulAdd(sums[b][r], block, x + b * p.stride + kBlock * j);
+    }
+    for (size_t b = 0; b < kBatch; ++b) {
+      const XBlock x_block = LoadXBlock(x + b * p.stride + kBlock * j);
+      for (size_t r = 0; r < kRows; ++r) MulAdd(sums[b][r], blocks[r], x_block);
     }
   }
   if (n_whole < n_blocks) {  // the last columns of a dense row, as a block whose other columns are not stored
@@ -592,14 +598,17 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
 
 // ---- the table ----
 
-static Layout ChooseLayout(ValueType type, Encoding encoding, size_t m, size_t* tile) {
-  const bool is_bytes = encoding != Encoding::kIndex16 && (type == ValueType::kInt8 || type == ValueType::kInt4);
+static Layout ChooseLayout(const PackedMatrix& w, size_t m, size_t* tile) {
+  const bool is_int = w.value_type == ValueType::kInt8 || w.value_type == ValueType::kInt4;
+  const bool is_bytes = is_int && w.encoding != Encoding::kIndex16;
   if (is_bytes) {
     *tile = m <= kLanes ? kLanes : 2 * kLanes;
     return m < kByteTileFrom ? Layout::kByteRows : Layout::kByteTiles;
   }
   *tile = m <= 16 ? 16 : m <= 32 ? 32 : 64;
-  return m < kTileFrom ? Layout::kRows : Layout::kTiles;
+  // A tile costs by stored value, rows by column.
+  const bool is_full = w.encoding == Encoding::kBitmask && 5 * w.n_values > 2 * w.n_rows * w.n_columns;
+  return m < (is_full ? kTileFromFull : kTileFrom) ? Layout::kRows : Layout::kTiles;
 }
 
 static void Prepare(const Product& p, const float* x, size_t i, float* floats, uint8_t* bytes, float* scales) {

@@ -112,7 +112,7 @@ void SparseMatMul(const PackedMatrix& w, const std::vector<uint32_t>& cuts, cons
   product.m = m;
   product.bias = bias;
   product.y = y;
-  product.layout = kernels.layout(w.value_type, w.encoding, m, &product.tile);
+  product.layout = kernels.layout(w, m, &product.tile);
 
   const size_t n_blocks = w.n_blocks(), padded = n_blocks * kBlock;
   const bool is_tiled = product.layout == Layout::kTiles || product.layout == Layout::kByteTiles;
