@@ -14,8 +14,10 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,17 +28,21 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from owl_deploy import allocation
+from owl_deploy.allocation_file import load_allocation
+from owl_deploy.block_figures import FIGURE_NAMES, NEEDS_INPUTS, block_figures, dense_norms
 from owl_deploy.calibration import Calibration, calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.errors import OwlDeployError, RecipeError
+from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
 from owl_deploy.files import file_sha256, new_folder, write_bytes, write_json
 from owl_deploy.memory import peak_rss_bytes, release_free_memory, reset_peak_rss, rss_bytes
-from owl_deploy.methods import METHODS, Method
-from owl_deploy.methods.wanda import score as wanda_score
+from owl_deploy.methods import METHODS, Goal, Linear, Method, Pruned, magnitude
+from owl_deploy.observation import Observed, advance_, input_groups, observe
+from owl_deploy.pattern import parse_pattern
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import PruneSettings
-from owl_deploy.skeleton import BlockInputs, Skeleton, open_skeleton
-from owl_deploy.statistics import InputStatistic, SquaredNorm, outlier_ratio
+from owl_deploy.refinement import InputMoments, dsnot
+from owl_deploy.skeleton import BlockInputs, Prunable, Skeleton, open_skeleton
+from owl_deploy.statistics import Hessian, InputStatistic, SquaredNorm
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import versions
 
@@ -108,7 +114,8 @@ def prune(
     checkpoint = open_checkpoint(model, offline=offline)
     skeleton = open_skeleton(checkpoint)
     method = METHODS[settings.method]
-    needs_data = method.new_statistic is not None or settings.allocation == "owl"
+    _refuse_misfits(skeleton, settings, method)
+    needs_data = bool(_statistic_kinds(settings, method)) or settings.allocation in NEEDS_INPUTS
     calibration = calibration_tokens(checkpoint, settings, seed=seed, on_step=on_step) if needs_data else None
     gc.collect()  # sampling held the whole model
     release_free_memory()
@@ -117,10 +124,13 @@ def prune(
 
     fingerprint = _fingerprint(checkpoint, settings, calibration, seed, n_threads)
     work = _Work.open(out, fingerprint, resume=resume)
-    ratios = _outlier_ratios(skeleton, settings, calibration, work, on_step)
-    sparsities = _allocate(settings, skeleton.n_weights(), ratios)
-    _prune_blocks(skeleton, method, calibration, sparsities, work, on_step)
-    facts = _facts(skeleton, settings, calibration, seed, ratios, sparsities, work)
+    norms = None
+    if settings.allocation in NEEDS_INPUTS and calibration is not None:
+        norms = dense_norms(skeleton, calibration, on_step, n_threads=n_threads)
+    figures = block_figures(skeleton, settings, norms, on_step) if settings.allocation in FIGURE_NAMES else None
+    sparsities = _allocate(settings, skeleton.n_weights(), figures)
+    _prune_blocks(skeleton, settings, method, calibration, sparsities, norms, work, on_step)
+    facts = _facts(skeleton, settings, calibration, seed, figures, sparsities, work)
     skeleton.model.to("meta")  # what is left of it, the embedding, is read anew for the final file
     release_free_memory()
     totals = _finish(skeleton, work, out, facts, started)
@@ -142,7 +152,13 @@ def predicted_peak_bytes(skeleton: Skeleton, settings: PruneSettings) -> int:
     # A block is held by the model, as read and as serialised; what lies outside the blocks as read and
     # by the model, and at the end as read and two to three times by the serialiser. Selection holds the
     # score (4 bytes), its sorted copy (4), the order (8) and the mask (1) of one matrix.
-    while_pruning: int = 4 * (2 * outside + 3 * max(blocks) + activations) + 17 * largest_linear
+    method = METHODS[settings.method]
+    # A Hessian per group of linears with the same inputs, and for the largest its inverse, damped copy and factor.
+    hessians = 0
+    if method.new_statistic is Hessian:
+        sides = {(linear.mlp, linear.in_features, linear.role == "down") for linear in skeleton.linears(0).values()}
+        hessians = sum(side**2 for _, side, _ in sides) + 5 * max(side for _, side, _ in sides) ** 2
+    while_pruning: int = 4 * (2 * outside + 3 * max(blocks) + activations + hessians) + 17 * largest_linear
     while_finishing: int = 4 * 4 * outside
     return rss_bytes() + max(while_pruning, while_finishing)
 
@@ -234,57 +250,78 @@ class _Work:
         return self.folder / f"block-{index:05d}.safetensors"
 
 
-def _outlier_ratios(
-    skeleton: Skeleton, settings: PruneSettings, calibration: Calibration | None, work: _Work, on_step: OnStep
-) -> list[float] | None:
-    """Return the outlier ratio of every block of the dense model, where the allocation needs it."""
-    if settings.allocation != "owl" or calibration is None:
-        return None
-    known = work.load("outlier_ratios.json")
-    if isinstance(known, list) and len(known) == len(skeleton.blocks):
-        return known
-    inputs = skeleton.capture(torch.from_numpy(calibration.tokens))
-    ratios: list[float] = []
-    for index in range(len(skeleton.blocks)):
-        linears = skeleton.linears(index)
-        with skeleton.filled(index) as block:
-            statistics = {name: SquaredNorm(linear.in_features) for name, linear in linears.items()}
-            _run_block_(block, inputs, index, linears, statistics)
-            scores = [wanda_score(linear.weight, statistics[name]) for name, linear in linears.items()]
-        ratios.append(outlier_ratio(scores, owl_m=settings.owl_m))
-        on_step(Step("outliers of the dense model", index + 1, len(skeleton.blocks), f"{ratios[-1]:.2%}"))
-    write_json(work.folder / "outlier_ratios.json", ratios)
-    return ratios
+def _refuse_misfits(skeleton: Skeleton, settings: PruneSettings, method: Method) -> None:
+    """Refuse settings that this model cannot have, before any work."""
+    linears = {name: linear for i in range(len(skeleton.blocks)) for name, linear in skeleton.linears(i).items()}
+    pattern = parse_pattern(settings.pattern)
+    for name, linear in linears.items():
+        if pattern is not None and linear.in_features % pattern.of:
+            raise RecipeError(f"pattern {pattern} does not fit {name}, which has {linear.in_features} inputs")
+    if method.needs_neurons and not any(linear.role in ("gate", "gate_up") for linear in linears.values()):
+        raise UnsupportedModelError(
+            f"{skeleton.checkpoint.path} has no gated MLP, which method {method.name} needs: use wanda"
+        )
 
 
-def _allocate(settings: PruneSettings, n_weights: list[int], ratios: list[float] | None) -> list[float]:
+def _statistic_kinds(settings: PruneSettings, method: Method) -> tuple[Callable[[int], InputStatistic], ...]:
+    """Return what must be known of the inputs of a linear: for the method first, then for the refinement."""
+    kinds: list[Callable[[int], InputStatistic]] = []
+    if method.new_statistic is not None:
+        kinds.append(method.new_statistic)
+    if settings.refine == "dsnot":
+        kinds.append(InputMoments)
+    return tuple(kinds)
+
+
+def _allocate(settings: PruneSettings, n_weights: list[int], figures: list[float] | None) -> list[float]:
     """Return one sparsity per block."""
-    if ratios is None:
-        return allocation.uniform(n_weights, settings.sparsity)
-    return allocation.owl(ratios, n_weights, settings.sparsity, owl_lambda=settings.owl_lambda)
+    target = settings.sparsity
+    if settings.allocation.startswith("file:"):
+        return load_allocation(Path(settings.allocation.removeprefix("file:")), n_weights, target)
+    if settings.allocation == "ramp":
+        slope = settings.ramp_slope
+        if slope is None:
+            slope = allocation.largest_slope(len(n_weights), target) / 2
+        return allocation.ramp(n_weights, target, slope=slope)
+    if figures is None:
+        return allocation.uniform(n_weights, target)
+    if settings.allocation == "owl":
+        return allocation.owl(figures, n_weights, target, owl_lambda=settings.owl_lambda)
+    if settings.allocation == "dlp":
+        return allocation.dlp(figures, n_weights, target, alpha=settings.dlp_alpha)
+    if settings.allocation == "isc":
+        return allocation.isc(figures, n_weights, target, half_width=settings.isc_half_width)
+    return allocation.alphapruning(figures, n_weights, target, epsilon=settings.alpha_epsilon)
 
 
 def _prune_blocks(
     skeleton: Skeleton,
+    settings: PruneSettings,
     method: Method,
     calibration: Calibration | None,
     sparsities: list[float],
+    norms: list[dict[str, SquaredNorm]] | None,
     work: _Work,
     on_step: OnStep,
 ) -> None:
     """Prune block after block; the statistics of each see the pruned blocks before it."""
-    inputs = skeleton.capture(torch.from_numpy(calibration.tokens)) if method.new_statistic and calibration else None
+    inputs = None
+    if _statistic_kinds(settings, method) and calibration is not None:
+        inputs = skeleton.capture(torch.from_numpy(calibration.tokens))
     for index, sparsity in enumerate(sparsities):
         started = time.perf_counter()
         shard = work.shard(index)
         is_done = work.is_finished(index)
         with skeleton.filled(index) as block:
             if not is_done:
-                linears = _prune_block_(skeleton, block, index, method, inputs, sparsity, shard)
+                # The inputs of block 0 are those of the dense model: what the allocation saw of them will do.
+                known = norms[0] if norms is not None and index == 0 else {}
+                goal = Goal(sparsity, parse_pattern(settings.pattern))
+                linears = _prune_block_(skeleton, settings, method, block, index, inputs, known, goal, shard)
             elif inputs is not None:
                 _fill_from_shard_(skeleton, index, shard)
-            if inputs is not None:
-                _run_block_(block, inputs, index, {}, {})
+            if inputs is not None and index + 1 < len(sparsities):
+                advance_(block, inputs, index)
         if not is_done:
             timing = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
             record = {"linears": linears, "measured": timing, "shard_sha256": file_sha256(shard)}
@@ -296,44 +333,103 @@ def _prune_blocks(
 
 def _prune_block_(
     skeleton: Skeleton,
+    settings: PruneSettings,
+    method: Method,
     block: nn.Module,
     index: int,
-    method: Method,
     inputs: BlockInputs | None,
-    sparsity: float,
+    known: dict[str, SquaredNorm],
+    goal: Goal,
     shard: Path,
 ) -> list[dict[str, Any]]:
     """Prune the linears of a filled block in place, write its shard, and return the facts of each linear."""
     linears = skeleton.linears(index)
-    statistics: dict[str, InputStatistic] = {}
-    if method.new_statistic is not None and inputs is not None:
-        statistics = {name: method.new_statistic(linear.in_features) for name, linear in linears.items()}
-        _run_block_(block, inputs, index, linears, statistics, keep_inputs=True)
+    kinds = _statistic_kinds(settings, method)
+    groups = [tuple(linears)]
+    if inputs is not None:
+        groups = input_groups(block, inputs, index, linears)
     names = skeleton.block_tensors(index)
-    tensors: dict[str, torch.Tensor] = {}
-    facts = []
-    for parameter, tensor in names.items():
-        stored = skeleton.checkpoint.read(tensor)
-        name = parameter.removesuffix(".weight")
-        if name in linears:
-            weight = linears[name].weight
-            pruned = method.prune(weight, statistics.get(name), sparsity).to(stored.dtype)
-            weight.copy_(pruned)  # later blocks see what the file holds, rounding included
-            kept = pruned != 0
-            facts.append(
-                {
-                    "name": name,
-                    "shape": list(pruned.shape),
-                    "asked": sparsity,
-                    "sparsity": 1 - int(kept.sum()) / kept.numel(),
-                    "n_zeros": kept.numel() - int(kept.sum()),
-                    "mask_sha256": mask_sha256({name: kept}),
-                }
-            )
-            stored = pruned
-        tensors[tensor] = stored.contiguous()
+    dtypes = {parameter: skeleton.checkpoint.read(tensor).dtype for parameter, tensor in names.items()}
+    facts: dict[str, dict[str, Any]] = {}
+    # All groups see the dense block, or, true-sequentially, each one the pruned groups before it.
+    for stage in [[group] for group in groups] if settings.true_sequential else [groups]:
+        observed: dict[str, Observed] = {}
+        if inputs is not None:
+            if kinds == (SquaredNorm,) and known and not settings.true_sequential:
+                observed = {name: Observed((norm,), n_tokens=-1) for name, norm in known.items()}
+            else:
+                observed = observe(block, inputs, index, linears, stage, kinds)
+        neurons = _neurons(linears, observed) if method.needs_neurons else {}
+        for name in (name for group in stage for name in group):
+            linear = linears[name]
+            pruned = _prune_linear(name, linear, settings, method, observed.get(name), neurons.get(linear.mlp), goal)
+            weight = pruned.weight.to(dtypes[linear.parameter])
+            linear.set_(weight)  # later blocks see what the file holds, rounding included
+            facts[name] = _linear_facts(name, linear, weight, goal, pruned.notes)
+    prefix = f"{skeleton.prefix}.{index}."
+    tensors = {
+        tensor: block.get_parameter(parameter.removeprefix(prefix)).detach().to(dtypes[parameter]).contiguous()
+        for parameter, tensor in names.items()
+    }
     write_bytes(shard, save(tensors, metadata={"format": "pt"}))
-    return facts
+    return [facts[name] for name in linears]
+
+
+def _neurons(linears: dict[str, Prunable], observed: dict[str, Observed]) -> dict[str | None, SquaredNorm]:
+    """Return what was seen of the inputs of the down projection of every gated MLP."""
+    found: dict[str | None, SquaredNorm] = {}
+    for name, linear in linears.items():
+        if linear.role == "down" and name in observed:
+            norm = observed[name].statistics[0]
+            assert isinstance(norm, SquaredNorm)
+            found[linear.mlp] = norm
+    return found
+
+
+def _prune_linear(
+    name: str,
+    linear: Prunable,
+    settings: PruneSettings,
+    method: Method,
+    observed: Observed | None,
+    neurons: SquaredNorm | None,
+    goal: Goal,
+) -> Pruned:
+    """Prune one linear; an expert that saw too few tokens by magnitude, which is noted."""
+    weight = linear.weight.float()
+    if observed is not None and 0 <= observed.n_tokens < max(1, settings.min_expert_tokens if linear.is_expert else 1):
+        by_magnitude = magnitude.prune(Linear(name, weight), goal)
+        return Pruned(by_magnitude.weight, {"fallback": "magnitude", "n_tokens": observed.n_tokens})
+    options = {option: getattr(settings, option) for option in method.options}
+    statistic = observed.statistics[0] if observed is not None and method.new_statistic is not None else None
+    role = linear.role if neurons is not None or linear.role == "other" else "other"
+    pruned = method.prune(Linear(name, weight, statistic, role, neurons), goal, **options)
+    if settings.refine == "dsnot" and observed is not None:
+        moments = observed.statistics[-1]
+        assert isinstance(moments, InputMoments)
+        mask = dsnot(weight, pruned.weight != 0, moments, goal)
+        # Dense values: an update of the kept weights was made for another mask.
+        n_swapped = int((mask & (pruned.weight == 0)).sum())
+        pruned = Pruned(torch.where(mask, weight, 0.0), {**pruned.notes, "n_swapped": n_swapped})
+    return pruned
+
+
+def _linear_facts(
+    name: str, linear: Prunable, weight: torch.Tensor, goal: Goal, notes: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what owl.json says of a pruned linear; zeros are counted in the type that is stored."""
+    kept = weight != 0
+    n_zeros = kept.numel() - int(kept.sum())
+    return {
+        "name": name,
+        "shape": list(weight.shape),
+        "asked": goal.pattern.sparsity if goal.pattern else goal.sparsity,
+        "sparsity": n_zeros / kept.numel(),
+        "n_zeros": n_zeros,
+        "mask_sha256": mask_sha256({name: kept}),
+        **({"role": linear.role} if linear.role != "other" else {}),
+        **({"notes": notes} if notes else {}),
+    }
 
 
 def _fill_from_shard_(skeleton: Skeleton, index: int, shard: Path) -> None:
@@ -344,55 +440,12 @@ def _fill_from_shard_(skeleton: Skeleton, index: int, shard: Path) -> None:
         skeleton.fill_(skeleton.blocks[index], parameter.removeprefix(prefix), stored[tensor])
 
 
-@torch.inference_mode()
-def _run_block_(
-    block: nn.Module,
-    inputs: BlockInputs,
-    index: int,
-    linears: dict[str, nn.Linear],
-    statistics: dict[str, InputStatistic] | dict[str, SquaredNorm],
-    *,
-    keep_inputs: bool = False,
-) -> None:
-    """Run every calibration sequence through a block, one at a time, feeding the statistics.
-
-    The hidden states are replaced in place by the block's outputs, unless `keep_inputs`.
-
-    Raises:
-        OwlDeployError: an activation is NaN or Inf.
-    """
-    hooks = [
-        linear.register_forward_pre_hook(
-            lambda _, args, name=name: statistics[name].update(args[0].reshape(-1, args[0].shape[-1]))
-        )
-        for name, linear in linears.items()
-    ]
-    args, kwargs = inputs.arguments[index]
-    try:
-        for i, hidden_state in enumerate(inputs.hidden_states):
-            output = block(hidden_state, *args, **kwargs)
-            output = output[0] if isinstance(output, tuple) else output
-            if not keep_inputs:
-                inputs.hidden_states[i] = output
-            if not torch.isfinite(output).all():
-                raise OwlDeployError(
-                    f"the output of block {index} holds NaN or Inf on calibration sequence {i}: nothing was "
-                    "pruned after it"
-                )
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, statistic in statistics.items():
-        if not statistic.is_finite():
-            raise OwlDeployError(f"the input of {name} holds NaN or Inf, or its squares overflow float32")
-
-
 def _facts(
     skeleton: Skeleton,
     settings: PruneSettings,
     calibration: Calibration | None,
     seed: int,
-    ratios: list[float] | None,
+    figures: list[float] | None,
     sparsities: list[float],
     work: _Work,
 ) -> dict[str, Any]:
@@ -402,6 +455,9 @@ def _facts(
     linears = [fact for facts in per_block for fact in facts]
     n_zeros = sum(fact["n_zeros"] for fact in linears)
     n_pruned_weights = sum(skeleton.n_weights())
+    # Papers that prune gated MLPs only count these.
+    mlp = [fact for fact in linears if "role" in fact]
+    mlp_zeros, mlp_size = sum(fact["n_zeros"] for fact in mlp), sum(math.prod(fact["shape"]) for fact in mlp)
     n_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     blocks = [
         {
@@ -409,7 +465,7 @@ def _facts(
             "sparsity": sparsity,
             "realised": sum(fact["n_zeros"] for fact in facts)
             / sum(fact["shape"][0] * fact["shape"][1] for fact in facts),
-            **({"outlier_ratio": ratios[index]} if ratios is not None else {}),
+            **({FIGURE_NAMES[settings.allocation]: figures[index]} if figures is not None else {}),
         }
         for index, (sparsity, facts) in enumerate(zip(sparsities, per_block, strict=True))
     ]
@@ -424,6 +480,7 @@ def _facts(
             "target": settings.sparsity,
             "linears": n_zeros / n_pruned_weights,
             "model": n_zeros / n_parameters,
+            **({"mlp": mlp_zeros / mlp_size} if mlp_size else {}),
         },
         "blocks": blocks,
         "linears": linears,

@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from owl_deploy.errors import RecipeError
+from owl_deploy.pattern import parse_pattern
 
 __all__ = [
     "ArtifactSettings",
@@ -49,6 +50,20 @@ def _is_sparsity(value: float) -> float:
     return value
 
 
+_ALLOCATIONS = ("uniform", "owl", "dlp", "alphapruning", "isc", "ramp")
+
+
+def _is_allocation(value: str) -> str:
+    if value not in _ALLOCATIONS and not (value.startswith("file:") and len(value) > len("file:")):
+        raise ValueError(f"must be file:PATH or one of {', '.join(_ALLOCATIONS)}{_nearest(value, list(_ALLOCATIONS))}")
+    return value
+
+
+def _is_pattern(value: str) -> str:
+    parse_pattern(value)
+    return value
+
+
 Sparsity = Annotated[float, AfterValidator(_is_sparsity)]
 
 
@@ -61,18 +76,39 @@ class Settings(BaseModel):
 class PruneSettings(Settings):
     """What the `prune` stage does to the model."""
 
-    method: Literal["magnitude", "wanda"] = "wanda"
-    """How weights are scored: magnitude (abs(w)) or wanda (abs(w) times input norm)."""
-    allocation: Literal["uniform", "owl"] = "owl"
-    """How the target is shared among decoder blocks: uniform, or owl (outlier-weighed)."""
+    method: Literal["magnitude", "wanda", "ria", "dass", "sparsegpt", "isc", "alps", "foundation"] = "wanda"
+    """What goes and what becomes of the rest. Scores only: magnitude, wanda, ria, dass (gated MLPs; attention by
+    wanda). With an update of the kept weights: sparsegpt, isc, alps, foundation."""
+    refine: Literal["none", "dsnot"] = "none"
+    """What improves the mask afterwards: nothing, or dsnot (swaps that lower the expected output error of each row;
+    kept weights have their dense values then, whatever the method made of them)."""
+    allocation: Annotated[str, AfterValidator(_is_allocation)] = "owl"
+    """How the target is shared among decoder blocks: uniform, owl (outliers), dlp (median scores), alphapruning
+    (spectra, no data), isc (ranked sensitivities), ramp (arithmetic, by depth) or file:PATH."""
     sparsity: Sparsity = 0.7
     """Target: zeros over elements of all pruned linears together, 0 <= sparsity < 1."""
-    pattern: Literal["unstructured"] = "unstructured"
-    """Which positions may be zero: any."""
+    pattern: Annotated[str, AfterValidator(_is_pattern)] = "unstructured"
+    """Which positions may be zero: unstructured, or "keep N of M" successive inputs, which sets the sparsity."""
     owl_m: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 5.0
-    """A score is an outlier above owl_m times the mean score of its block."""
+    """owl: a score is an outlier above owl_m times the mean score of its block."""
     owl_lambda: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.08
-    """Half the spread of the block sparsities around the target."""
+    """owl: half the spread of the block sparsities around the target."""
+    dlp_alpha: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.15
+    """dlp: half the spread of the block sparsities around the target."""
+    alpha_epsilon: Annotated[float, Field(ge=0, lt=1), AfterValidator(_is_finite)] = 0.3
+    """alphapruning: sparsities are in the proportion (1 - epsilon) to (1 + epsilon)."""
+    isc_half_width: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.1
+    """isc allocation: largest deviation from the target."""
+    ramp_slope: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] | None = None
+    """ramp: by how much each block is sparser than the one before; half of what fits when not given."""
+    block_size: Annotated[int, Field(ge=1)] = 128
+    """sparsegpt, isc: columns after which their errors are passed on to the others."""
+    dampening: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.01
+    """sparsegpt, isc, alps, foundation: share of the Hessian's mean diagonal that is added to it."""
+    true_sequential: bool = False
+    """Whether linears of a block see the pruned ones before them, not the dense block: one more pass per group."""
+    min_expert_tokens: Annotated[int, Field(ge=0)] = 64
+    """Experts that see fewer calibration tokens are pruned by magnitude, on record."""
     calibration: str = "generated"
     """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
     n_samples: Annotated[int, Field(ge=1)] = 128
@@ -81,6 +117,37 @@ class PruneSettings(Settings):
     """Tokens per calibration sequence; never taken from the model's longest context."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_decides(cls, values: Any) -> Any:
+        """A pattern has one sparsity, the same everywhere: fill in what was not given."""
+        if not isinstance(values, dict) or not isinstance(values.get("pattern"), str):
+            return values
+        try:
+            pattern = parse_pattern(values["pattern"])
+        except ValueError:
+            return values  # said of the key itself
+        if pattern is None:
+            return values
+        return {"sparsity": pattern.sparsity, "allocation": "uniform", **values}
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> PruneSettings:
+        if self.method == "dass" and self.true_sequential:
+            raise ValueError(
+                "dass scores gate and up by the inputs of down, which come later: not with true_sequential"
+            )
+        pattern = parse_pattern(self.pattern)
+        if pattern is None:
+            return self
+        if abs(self.sparsity - pattern.sparsity) > 1e-9:
+            raise ValueError(f"pattern {pattern} has sparsity {pattern.sparsity:g}, got sparsity {self.sparsity:g}")
+        if self.allocation != "uniform":
+            raise ValueError(f"pattern {pattern} leaves nothing to share out: use allocation uniform")
+        if self.method == "dass":
+            raise ValueError("dass compares whole columns of gate and up, which no pattern along the inputs can follow")
+        return self
 
 
 class EvalSettings(Settings):

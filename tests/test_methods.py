@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from owl_deploy.methods import METHODS, magnitude, wanda
-from owl_deploy.methods.method import n_pruned, prune_lowest
+from owl_deploy.methods.method import Goal, Linear, Method, n_pruned, prune_lowest
+from owl_deploy.pattern import Pattern, parse_pattern
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.statistics import SquaredNorm
 
@@ -67,6 +68,11 @@ def worked_statistic() -> SquaredNorm:
     return statistic
 
 
+def pruned_by(method: Method, weight: torch.Tensor, statistic: SquaredNorm | None, sparsity: float) -> torch.Tensor:
+    """The weight that a method makes of a linear, unstructured."""
+    return method.prune(Linear("w", weight, statistic), Goal(sparsity)).weight
+
+
 def pruned_positions(weight: torch.Tensor) -> list[list[int]]:
     return (weight == 0).int().tolist()
 
@@ -94,7 +100,56 @@ def test_wanda_statistic_and_score_of_the_worked_example() -> None:
     ],
 )
 def test_wanda_masks_of_the_worked_example(sparsity: float, expected: list[list[int]]) -> None:
-    assert pruned_positions(wanda.prune(WEIGHT, worked_statistic(), sparsity)) == expected
+    assert pruned_positions(pruned_by(wanda.METHOD, WEIGHT, worked_statistic(), sparsity)) == expected
+
+
+def test_wanda_keeps_two_of_four_in_the_worked_example() -> None:
+    statistic = SquaredNorm(4)
+    statistic.mean = worked_statistic().mean[:4]
+    pruned = wanda.prune(Linear("w", WEIGHT[:, :4], statistic), Goal(0.5, Pattern(2, 4))).weight
+    assert pruned_positions(pruned) == [[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]
+
+
+@QUICK
+@given(score=matrices(), keep=st.integers(1, 7), of=st.integers(2, 8))
+def test_pattern_keeps_the_highest_of_every_group(score: torch.Tensor, keep: int, of: int) -> None:
+    if keep >= of:
+        return
+    columns = score.shape[1] // of * of
+    if columns == 0:
+        return
+    score = score[:, :columns].contiguous()
+    mask = prune_lowest(score, Goal(1 - keep / of, Pattern(keep, of)))
+    for group, kept in zip(score.reshape(-1, of), mask.reshape(-1, of), strict=True):
+        assert int(kept.sum()) == keep
+        assert group[~kept].max() <= group[kept].min()
+
+
+def test_pattern_that_does_not_divide_the_columns_is_refused() -> None:
+    with pytest.raises(ValueError, match="6 columns do not divide into groups for keep 2 of 4"):
+        prune_lowest(WEIGHT, Goal(0.5, Pattern(2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2:4", "2:4 is ambiguous"),
+        ("keep 4 of 4", "not all of them"),
+        ("keep 0 of 4", "at least one"),
+        ("keep 2 of 400", "at most 64"),
+        ("Keep 2 of 4", "must be unstructured or"),
+    ],
+)
+def test_pattern_that_says_nothing_clear_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_pattern(text)
+
+
+def test_patterns_are_read_as_they_are_shown() -> None:
+    assert parse_pattern("unstructured") is None
+    assert parse_pattern("keep 3 of 8") == Pattern(3, 8)
+    assert str(Pattern(3, 8)) == "keep 3 of 8"
+    assert Pattern(3, 8).sparsity == 0.625
 
 
 @pytest.mark.parametrize(("sparsity", "threshold", "n_official", "n_ours"), [(0.5, 0.35, 13, 12), (0.7, 0.5, 17, 17)])
@@ -104,7 +159,7 @@ def test_magnitude_prunes_exactly_what_was_asked_where_the_official_rule_oversho
     official = (WEIGHT.abs() <= threshold).numpy()
     assert official.astype(int).tolist() == OFFICIAL_MAGNITUDE[sparsity]
     assert official.sum() == n_official
-    ours = (magnitude.prune(WEIGHT, None, sparsity) == 0).numpy()
+    ours = (pruned_by(magnitude.METHOD, WEIGHT, None, sparsity) == 0).numpy()
     assert ours.sum() == n_ours == slow_n_pruned(24, sparsity)
     # Rank floor(24 s) is one more than 12 at 0.5, and 17 = 16.8 rounded up at 0.7: the same order, cut elsewhere.
     assert not (ours & ~official).any()
@@ -113,12 +168,12 @@ def test_magnitude_prunes_exactly_what_was_asked_where_the_official_rule_oversho
 
 def test_magnitude_prunes_the_first_of_equal_weights() -> None:
     weight = torch.tensor([[1.0, -1.0, 2.0], [1.0, 1.0, -2.0]])
-    assert pruned_positions(magnitude.prune(weight, None, 0.5)) == [[1, 1, 0], [1, 0, 0]]
+    assert pruned_positions(pruned_by(magnitude.METHOD, weight, None, 0.5)) == [[1, 1, 0], [1, 0, 0]]
 
 
 def test_magnitude_compares_within_the_matrix_and_not_within_rows() -> None:
     weight = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]])
-    assert pruned_positions(magnitude.prune(weight, None, 0.5)) == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    assert pruned_positions(pruned_by(magnitude.METHOD, weight, None, 0.5)) == [[1, 1, 1, 1], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +206,7 @@ def test_number_of_pruned_weights_follows_the_decimal_as_written(n: int, sparsit
 @QUICK
 @given(score=matrices(), sparsity=sparsities)
 def test_selection_is_that_of_the_slow_loop(score: torch.Tensor, sparsity: float) -> None:
-    mask = prune_lowest(score, sparsity)
+    mask = prune_lowest(score, Goal(sparsity))
     assert mask.dtype == torch.bool
     np.testing.assert_array_equal(mask.numpy(), slow_mask(score.numpy(), sparsity))
 
@@ -159,7 +214,7 @@ def test_selection_is_that_of_the_slow_loop(score: torch.Tensor, sparsity: float
 @QUICK
 @given(score=matrices(), sparsity=sparsities)
 def test_every_row_prunes_the_same_number_and_none_above_a_kept_score(score: torch.Tensor, sparsity: float) -> None:
-    mask = prune_lowest(score, sparsity)
+    mask = prune_lowest(score, Goal(sparsity))
     assert set((~mask).sum(dim=1).tolist()) == {slow_n_pruned(score.shape[1], sparsity)}
     for row, kept in zip(score, mask, strict=True):
         if kept.any() and not kept.all():
@@ -170,7 +225,7 @@ def test_every_row_prunes_the_same_number_and_none_above_a_kept_score(score: tor
 @given(weight=matrices(), sparsity=sparsities)
 def test_magnitude_is_the_slow_selection_over_the_flat_matrix(weight: torch.Tensor, sparsity: float) -> None:
     before = weight.clone()
-    pruned = magnitude.prune(weight, None, sparsity)
+    pruned = pruned_by(magnitude.METHOD, weight, None, sparsity)
     mask = slow_mask(weight.abs().reshape(1, -1).numpy(), sparsity).reshape(weight.shape)
     np.testing.assert_array_equal(bits(pruned), np.where(mask, bits(weight), 0))
     assert torch.equal(weight, before)
@@ -184,7 +239,7 @@ def test_wanda_keeps_weights_bit_for_bit_and_puts_plus_zero_elsewhere(
     inputs = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(seed))
     statistic = SquaredNorm(weight.shape[1])
     statistic.update(inputs)
-    pruned = wanda.prune(weight, statistic, sparsity)
+    pruned = pruned_by(wanda.METHOD, weight, statistic, sparsity)
     score = np.abs(weight.numpy()) * np.sqrt(statistic.mean.numpy())
     np.testing.assert_array_equal(bits(pruned), np.where(slow_mask(score, sparsity), bits(weight), 0))
 
@@ -197,20 +252,22 @@ def bits(weight: torch.Tensor) -> NDArray[np.int32]:
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_sparsity_zero_keeps_every_weight(method: str) -> None:
     statistic = worked_statistic() if method == "wanda" else None
-    assert torch.equal(METHODS[method].prune(WEIGHT, statistic, 0.0), WEIGHT)
+    assert torch.equal(pruned_by(METHODS[method], WEIGHT, statistic, 0.0), WEIGHT)
 
 
 def test_wanda_mask_does_not_depend_on_the_scale_of_the_inputs() -> None:
     scaled = SquaredNorm(6)
     for sequence in SEQUENCES:
         scaled.update(sequence * 64)
-    assert torch.equal(wanda.prune(WEIGHT, scaled, 0.5), wanda.prune(WEIGHT, worked_statistic(), 0.5))
+    assert torch.equal(
+        pruned_by(wanda.METHOD, WEIGHT, scaled, 0.5), pruned_by(wanda.METHOD, WEIGHT, worked_statistic(), 0.5)
+    )
 
 
 def test_wanda_prunes_an_input_that_is_never_active_before_all_others() -> None:
     statistic = SquaredNorm(3)
     statistic.update(torch.tensor([[1.0, 0.0, 1.0]]))
-    assert pruned_positions(wanda.prune(torch.tensor([[0.1, 9.0, 0.2]]), statistic, 1 / 3)) == [[0, 1, 0]]
+    assert pruned_positions(pruned_by(wanda.METHOD, torch.tensor([[0.1, 9.0, 0.2]]), statistic, 1 / 3)) == [[0, 1, 0]]
 
 
 def test_registry_and_recipe_know_the_same_methods() -> None:

@@ -245,11 +245,14 @@ def test_sparsity_in_owl_json_is_counted_in_the_stored_file(pruned: Pruned) -> N
         assert linear["mask_sha256"] == mask_sha256({linear["name"]: weight != 0})
         n_zeros, n_weights = n_zeros + zeros, n_weights + weight.numel()
     assert len(facts["linears"]) == 14
+    mlp = [stored[f"{linear['name']}.weight"] for linear in facts["linears"] if ".mlp." in linear["name"]]
+    mlp_zeros, n_mlp = sum(int((weight == 0).sum()) for weight in mlp), sum(weight.numel() for weight in mlp)
     n_parameters = sum(tensor.numel() for tensor in stored.values())  # the tied head is stored, and counted, once
     assert facts["sparsity"] == {
         "target": TARGET,
         "linears": pytest.approx(n_zeros / n_weights, abs=1e-12),
         "model": pytest.approx(n_zeros / n_parameters, abs=1e-12),
+        "mlp": pytest.approx(mlp_zeros / n_mlp, abs=1e-12),
     }
     for block in facts["blocks"]:
         mine = [linear for linear in facts["linears"] if linear["name"].split(".")[2] == str(block["index"])]
@@ -326,7 +329,7 @@ def test_sparsity_zero_changes_no_tensor(tiny_model: Path, text: Path, tmp_path:
     facts = prune(str(tiny_model), plain, out=tmp_path / "out", threads=1).facts
     before, after = stored_tensors(tiny_model), stored_tensors(tmp_path / "out")
     assert all(are_same_bits(before[name], after[name]) for name in before)
-    assert facts["sparsity"] == {"target": 0.0, "linears": 0.0, "model": 0.0}
+    assert facts["sparsity"] == {"target": 0.0, "linears": 0.0, "model": 0.0, "mlp": 0.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

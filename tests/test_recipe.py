@@ -108,7 +108,8 @@ def test_unknown_key_is_refused_with_the_nearest(path: str, message: str) -> Non
         (
             "prune.method",
             "wnada",
-            "prune.method: input should be 'magnitude' or 'wanda', got 'wnada'; did you mean wanda",
+            "prune.method: input should be 'magnitude', 'wanda', 'ria', 'dass', 'sparsegpt', 'isc', 'alps' or "
+            "'foundation', got 'wnada'; did you mean wanda",
         ),
         ("prune.owl_m", 0, "prune.owl_m: input should be greater than 0, got 0"),
         ("prune.owl_m", math.inf, "prune.owl_m: must be a finite number, got inf"),

@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_HALF_DOWN, Decimal
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from owl_deploy.statistics import InputStatistic
+from owl_deploy.pattern import Pattern
+from owl_deploy.statistics import InputStatistic, SquaredNorm
 
-__all__ = ["Method", "n_pruned", "prune_lowest"]
+__all__ = ["Goal", "Linear", "Method", "Pruned", "Role", "n_pruned", "prune_lowest"]
+
+Role = Literal["gate", "up", "gate_up", "down", "other"]
+"""Part of a linear in a gated MLP, down(act(gate(x)) * up(x)); gate_up has the rows of gate, then those of up."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One weight matrix, and what calibration showed of its inputs."""
+
+    name: str
+    weight: torch.Tensor
+    """(out, in) float32; methods must not change it."""
+    statistic: Any = None
+    """What `Method.new_statistic` made; None where the method needs no data."""
+    role: Role = "other"
+    neurons: SquaredNorm | None = None
+    """Of the inputs of the down projection of the same MLP; only where a method asks for it, in a gated MLP."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of one linear."""
+
+    sparsity: float
+    """Share of its weights to prune, in [0, 1); with a pattern, that of the pattern."""
+    pattern: Pattern | None = None
+    """None: unstructured."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What became of a linear."""
+
+    weight: torch.Tensor
+    """(out, in) float32, a new tensor: +0.0 where pruned, elsewhere kept or updated to make up for what went."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What should be on record (JSON values): a reconstruction loss, a damping that had to be raised, dead inputs."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +59,12 @@ class Method:
     name: str
     new_statistic: Callable[[int], InputStatistic] | None
     """Makes the statistic of a linear's inputs from in_features; None where the method needs no data."""
-    prune: Callable[[torch.Tensor, Any, float], torch.Tensor]
-    """(weight (out, in) float32, its statistic or None, sparsity) -> the pruned weight, a new tensor.
-
-    Positions that are pruned are +0.0; the others may have been updated to make up for them."""
+    prune: Callable[..., Pruned]
+    """(`Linear`, `Goal`, one keyword per name in `options`) -> `Pruned`."""
+    options: tuple[str, ...] = ()
+    """Keys of `PruneSettings` that `prune` takes as keywords."""
+    needs_neurons: bool = False
+    """Whether `Linear.neurons` must be there for gated MLPs."""
 
 
 def n_pruned(n: int, sparsity: float) -> int:
@@ -37,17 +77,29 @@ def n_pruned(n: int, sparsity: float) -> int:
     return int((Decimal(n) * Decimal(repr(sparsity))).to_integral_value(rounding=ROUND_HALF_DOWN))
 
 
-def prune_lowest(score: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """Mark all but the lowest scores of each row.
+def prune_lowest(score: torch.Tensor, goal: Goal) -> torch.Tensor:
+    """Mark all but the lowest scores of each row, or of each group of a row.
 
     Args:
         score: (rows, columns).
-        sparsity: share to prune, in [0, 1).
+        goal: sparsity of every row, or a pattern whose groups divide the columns.
 
     Returns:
-        Mask (rows, columns) bool, True = kept; every row prunes exactly `n_pruned(columns)`. Of
-        equal scores the one with the lower column index is pruned first.
+        Mask (rows, columns) bool, True = kept; every row prunes exactly `n_pruned(columns)`, every group
+        all but `pattern.keep`. Of equal scores the one with the lower column index is pruned first.
+
+    Raises:
+        ValueError: the columns are no multiple of the pattern's group.
     """
-    count = n_pruned(score.shape[1], sparsity)
+    if goal.pattern is not None:
+        rows, columns = score.shape
+        if columns % goal.pattern.of:
+            raise ValueError(f"{columns} columns do not divide into groups for {goal.pattern}")
+        groups = score.reshape(-1, goal.pattern.of)
+        return _keep_all_but(groups, goal.pattern.of - goal.pattern.keep).reshape(rows, columns)
+    return _keep_all_but(score, n_pruned(score.shape[1], goal.sparsity))
+
+
+def _keep_all_but(score: torch.Tensor, count: int) -> torch.Tensor:
     order = score.argsort(dim=1, stable=True)
     return torch.ones_like(score, dtype=torch.bool).scatter_(1, order[:, :count], False)

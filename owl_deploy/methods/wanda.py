@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from owl_deploy.methods.method import Method, prune_lowest
+from owl_deploy.methods.method import Goal, Linear, Method, Pruned, prune_lowest
 from owl_deploy.statistics import SquaredNorm
 
 __all__ = ["METHOD", "prune", "score"]
@@ -15,15 +15,9 @@ def score(weight: torch.Tensor, statistic: SquaredNorm) -> torch.Tensor:
     return weight.abs() * statistic.norm
 
 
-def prune(weight: torch.Tensor, statistic: SquaredNorm, sparsity: float) -> torch.Tensor:
-    """Zero the lowest scores of every output row; the other weights stay as they are.
-
-    Args:
-        weight: (out, in) float32.
-        statistic: of the linear's inputs.
-        sparsity: share of every row to prune.
-    """
-    return torch.where(prune_lowest(score(weight, statistic), sparsity), weight, 0.0)
+def prune(linear: Linear, goal: Goal) -> Pruned:
+    """Zero the lowest scores of every output row; the other weights stay as they are."""
+    return Pruned(torch.where(prune_lowest(score(linear.weight, linear.statistic), goal), linear.weight, 0.0))
 
 
 METHOD = Method(name="wanda", new_statistic=SquaredNorm, prune=prune)
