@@ -63,6 +63,7 @@ class Hessian:
     def update(self, inputs: torch.Tensor) -> None:
         """Take in the inputs of one sequence, (tokens, in_features)."""
         x = inputs.float()
+        self.inverses.clear()
         self.n_sequences += 1
         self.matrix *= (self.n_sequences - 1) / self.n_sequences
         self.matrix.addmm_(x.T, x, alpha=2 / self.n_sequences)

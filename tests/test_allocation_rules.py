@@ -379,6 +379,11 @@ def test_mixed_pattern_rounds_halves_to_even() -> None:
     assert owl_mixed_pattern([0.3, 0.3, 0.3, 0.1], [7] * 4, 4) == [4, 4, 4, 2]
 
 
+def test_mixed_pattern_finds_halves_that_floats_miss() -> None:
+    # r = 0.5, 1 and 0, mean 0.5: the exact differences are 0, 0.5 and -0.5. In floats the second is a bit more.
+    assert owl_mixed_pattern([0.03, 0.04, 0.02], [3, 1, 1], 4, spread=1) == [4, 4, 4]
+
+
 def test_mixed_pattern_of_equal_ratios_is_the_same_everywhere() -> None:
     assert owl_mixed_pattern([0.3] * 3, [1, 2, 3], 5) == [3, 3, 3]
 
