@@ -1,7 +1,8 @@
 """The prune stage: a checkpoint goes in, a sparse checkpoint comes out, one decoder block at a time.
 
 In: a model name and `PruneSettings`. Out: a Hugging Face folder with zeros in place, `owl.json`
-(settings, data, sparsity asked and realised; the same bytes for the same work) and `measured.json`
+(settings, data, sparsity asked and realised; the same bytes for the same work), `allocation.json`
+(the sparsities of the blocks, to be edited and used again) and `measured.json`
 (time and memory of this very run). What a method or an allocation computes is not known here.
 
 A finished block is a shard of the final checkpoint, written whole into a hidden sibling of the
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from owl_deploy import allocation
-from owl_deploy.allocation_file import load_allocation
+from owl_deploy.allocation_file import load_allocation, save_allocation
 from owl_deploy.block_figures import FIGURE_NAMES, NEEDS_INPUTS, block_figures, dense_norms
 from owl_deploy.calibration import Calibration, calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -515,6 +516,7 @@ def _finish(skeleton: Skeleton, work: _Work, out: Path, facts: dict[str, Any], s
             ):
                 shutil.copyfile(file, folder / file.name)
         write_json(folder / "owl.json", facts)
+        save_allocation(folder / "allocation.json", [block["sparsity"] for block in facts["blocks"]])
         measured = [work.load(f"block-{index:05d}.json")["measured"] for index in range(n_blocks)]
         totals = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
         write_json(folder / "measured.json", {**totals, "blocks": measured})

@@ -298,7 +298,7 @@ def test_configuration_and_tokenizer_come_along_and_nothing_is_left_beside(prune
     names = {path.name for path in pruned.out.iterdir()}
     copied = {path.name for path in pruned.source.iterdir() if path.suffix == ".json"}
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
-    assert names == copied | shards | {"owl.json", "measured.json", "model.safetensors.index.json"}
+    assert names == copied | shards | {"owl.json", "allocation.json", "measured.json", "model.safetensors.index.json"}
     assert all((pruned.out / name).read_bytes() == (pruned.source / name).read_bytes() for name in copied)
     assert [path.name for path in pruned.out.parent.iterdir()] == ["out"]
 

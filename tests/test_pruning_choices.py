@@ -135,6 +135,23 @@ def test_every_allocation_meets_the_target_and_shows_its_figure(
     assert (figure is None) or all(figure in block for block in blocks)
 
 
+def test_allocation_of_a_checkpoint_can_be_used_again(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    first = run(tiny_model, text, tmp_path / "a", allocation="owl", owl_m=3)
+    again = run(tiny_model, text, tmp_path / "b", allocation=f"file:{tmp_path / 'a' / 'allocation.json'}")
+    assert [block["sparsity"] for block in again.facts["blocks"]] == [
+        block["sparsity"] for block in first.facts["blocks"]
+    ]
+    assert again.facts["mask_sha256"] == first.facts["mask_sha256"]
+
+
+def test_edited_allocation_that_misses_the_target_is_refused(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "allocation.json"
+    path.write_text('{"0": 0.5, "1": 0.9}')
+    with pytest.raises(RecipeError, match=r"0\.5"):
+        run(tiny_model, text, tmp_path / "out", allocation=f"file:{path}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_dense_statistics_serve_other_sparsities(tiny_model: Path, text: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     prune(
