@@ -124,12 +124,14 @@ def prune(
     log.info("predicted peak memory: %.2f GiB", predicted_peak_bytes(skeleton, settings) / 2**30)
 
     fingerprint = _fingerprint(checkpoint, settings, calibration, seed, n_threads)
-    work = _Work.open(out, fingerprint, resume=resume)
+    work = _Work.open(out, fingerprint, resume=True) if resume else None
     norms = None
     if settings.allocation in NEEDS_INPUTS and calibration is not None:
         norms = dense_norms(skeleton, calibration, on_step, n_threads=n_threads)
     figures = block_figures(skeleton, settings, norms, on_step) if settings.allocation in FIGURE_NAMES else None
     sparsities = _allocate(settings, skeleton.n_weights(), figures)
+    if work is None:  # only now: an allocation that refuses the model leaves nothing behind
+        work = _Work.open(out, fingerprint, resume=False)
     _prune_blocks(skeleton, settings, method, calibration, sparsities, norms, work, on_step)
     facts = _facts(skeleton, settings, calibration, seed, figures, sparsities, work)
     skeleton.model.to("meta")  # what is left of it, the embedding, is read anew for the final file

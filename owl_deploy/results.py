@@ -22,19 +22,25 @@ def print_sparsity(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "block", "sparsity asked", "realised", "outlier ratio", title=f"{facts['method']}, {facts['allocation']}"
-    )
+    figures = [key for key in facts["blocks"][0] if key not in ("index", "sparsity", "realised")]
+    columns = ("block", "sparsity asked", "realised", *(figure.replace("_", " ") for figure in figures))
+    table = Table(*columns, title=f"{facts['method']}, {facts['allocation']}")
     for block in facts["blocks"]:
-        ratio = f"{block['outlier_ratio']:.4f}" if "outlier_ratio" in block else ""
-        table.add_row(str(block["index"]), f"{block['sparsity']:.4f}", f"{block['realised']:.4f}", ratio)
+        row = (f"{block['sparsity']:.4f}", f"{block['realised']:.4f}", *(f"{block[figure]:.4g}" for figure in figures))
+        table.add_row(str(block["index"]), *row)
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     sparsity = facts["sparsity"]
     click.echo(
         f"Sparsity {sparsity['linears']:.4f} of the linears (target {sparsity['target']:g}), "
         f"{sparsity['model']:.4f} of the model"
+        + (f", {sparsity['mlp']:.4f} of the gated MLPs alone" if "mlp" in sparsity else "")
     )
+    noted = [linear for linear in facts["linears"] if {"fallback", "dampening"} & linear.get("notes", {}).keys()]
+    for linear in noted[:5]:
+        click.echo(f"Note on {linear['name']}: {linear['notes']}")
+    if len(noted) > 5:
+        click.echo(f"... and on {len(noted) - 5} more linears, see owl.json")
     click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
     click.echo(f"Checkpoint: {facts['checkpoint']}")
 
