@@ -12,6 +12,23 @@ Every message says what was wrong, what was found and what to do. Only the comma
 these into exit codes; a programmer's wrong argument is a plain `ValueError`.
 """
 
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+# One sentence, whatever was found: a few lines of YAML aliases can stand for gigabytes.
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
+
+
+def shown(value: Any) -> str:
+    """Return an untrusted value as a message can hold it: short, whatever it is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits
+        return "a number beyond all bounds"
+
 
 class OwlDeployError(Exception):
     """A stage could not do its work; the message says why and what to do."""

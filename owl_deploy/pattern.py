@@ -27,6 +27,11 @@ class Pattern:
     def __str__(self) -> str:
         return f"keep {self.keep} of {self.of}"
 
+    def check_columns(self, columns: int) -> None:
+        """Raise ValueError where so many columns do not divide into groups."""
+        if columns % self.of:
+            raise ValueError(f"{columns} columns do not divide into groups for {self}")
+
 
 def parse_pattern(text: str) -> Pattern | None:
     """Return the pattern that `text` names; None is unstructured.

@@ -124,9 +124,10 @@ def dsnot(
             f"need a mask and moments for a weight of {rows} x {columns}, got a mask of {tuple(mask.shape)} and "
             f"{len(moments.mean)} inputs"
         )
-    group = goal.pattern.of if goal.pattern else columns
-    if columns % group:
-        raise ValueError(f"{columns} columns do not divide into groups for {goal.pattern}")
+    group = columns
+    if goal.pattern:
+        goal.pattern.check_columns(columns)
+        group = goal.pattern.of
     refined = mask.clone()
     # Every number of a row depends on that row alone, so that the chunks do not show in the result.
     chunk = max(1, _CHUNK_ELEMENTS // max(1, columns))

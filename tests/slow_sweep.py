@@ -1,50 +1,20 @@
 """The sweep of SparseGPT and ISC in float64, one weight at a time, each step from an inverse of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 
 import numpy as np
+import pytest
 import torch
-from hypothesis import strategies as st
+from hypothesis import assume
 from numpy.typing import NDArray
+from pruning_problems import Problem
 
-from owl_deploy.methods.method import Goal, Linear
-from owl_deploy.pattern import Pattern
-from owl_deploy.statistics import Hessian
+from owl_deploy.methods.method import Goal, Pruned
 
 Matrix = NDArray[np.float64]
-
-WEIGHT = torch.tensor(
-    [
-        [0.10, -0.80, 0.30, 0.05, -0.60, 0.20],
-        [-0.40, 0.25, -0.15, 0.70, 0.35, -0.50],
-        [0.90, -0.05, 0.45, -0.30, 0.15, 0.60],
-        [-0.20, 0.55, -0.65, 0.40, -0.10, 0.02],
-    ]
-)
-SEQUENCES = [
-    torch.tensor([[1, 0, 2, -1, 0.5, 3], [0, 1, -2, 1, 0.5, 0]]),
-    torch.tensor([[2, -1, 0, 0, 1, 1], [1, 0, 1, 2, -0.5, 0]]),
-]
-
-
-def hessian_of(sequences: list[torch.Tensor]) -> Hessian:
-    hessian = Hessian(sequences[0].shape[1])
-    for sequence in sequences:
-        hessian.update(sequence)
-    return hessian
-
-
-def given_hessian(matrix: list[list[float]]) -> Hessian:
-    """A Hessian as it is, without the inputs that would make it."""
-    hessian = Hessian(len(matrix))
-    hessian.matrix = torch.tensor(matrix)
-    return hessian
-
-
-def worked_linear() -> Linear:
-    return Linear("worked", WEIGHT, hessian_of(SEQUENCES))
 
 
 def slow_damped(sequences: list[torch.Tensor], dampening: float) -> tuple[Matrix, NDArray[np.bool_]]:
@@ -117,32 +87,14 @@ def slow_n_pruned(n: int, sparsity: float) -> int:
     return ceil(n * Fraction(repr(sparsity)) - Fraction(1, 2))
 
 
-@dataclass
-class Problem:
-    """A linear, the tokens it has seen, and what is asked of it."""
-
-    weight: torch.Tensor
-    sequences: list[torch.Tensor]
-    goal: Goal
-    block_size: int
-
-    @property
-    def linear(self) -> Linear:
-        return Linear("random", self.weight, hessian_of(self.sequences))
-
-
-@st.composite
-def problems(draw: st.DrawFn, *, with_pattern: bool = False) -> Problem:
-    """Small matrices and correlated tokens, more of these than inputs; some inputs dead."""
-    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 14))
-    goal = Goal(round(draw(st.floats(0, 0.999)), 3))
-    if with_pattern:
-        of = draw(st.integers(2, 5))
-        goal = Goal(0.5, Pattern(draw(st.integers(1, of - 1)), of))
-        columns = of * draw(st.integers(1, 4))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    mixing = torch.eye(columns) + 0.5 * torch.randn(columns, columns, generator=generator)
-    alive = torch.rand(columns, generator=generator) > draw(st.sampled_from([0, 0, 0.3]))
-    sequences = [torch.randn(4 * columns, columns, generator=generator) @ mixing * alive for _ in range(3)]
-    weight = torch.randn(rows, columns, generator=generator)
-    return Problem(weight, sequences, goal, draw(st.integers(1, 16)))
+def assert_prunes_as_slow_sweep(
+    prune: Callable[..., Pruned], problem: Problem, cost: Callable[[Matrix], Matrix]
+) -> None:
+    """Compare mask, weights and loss; leaves out problems whose mask float32 may cut elsewhere."""
+    damped, dead = slow_damped(problem.sequences, 0.01)
+    slow = slow_sweep(problem.weight, problem.goal, damped, dead, cost(damped), problem.block_size)
+    assume(slow.gap > 1e-3)
+    pruned = prune(problem.linear, problem.goal, block_size=problem.block_size)
+    np.testing.assert_allclose(pruned.weight, slow.weight, rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(pruned.weight == 0, slow.weight == 0)
+    assert pruned.notes["loss"] == pytest.approx(slow.loss, rel=1e-3, abs=1e-6)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from slow_sweep import SEQUENCES, Problem, given_hessian, hessian_of, problems, slow_damped
+from pruning_problems import SEQUENCES, Problem, given_hessian, hessian_of, problems
+from slow_sweep import slow_damped
 
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.methods.inverse_hessian import invert

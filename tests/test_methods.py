@@ -1,7 +1,5 @@
 """Wanda and magnitude masks, checked against worked values and a slow selection of one row at a time."""
 
-from fractions import Fraction
-from math import ceil
 from typing import Any, get_args
 
 import numpy as np
@@ -10,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pruning_problems import SEQUENCES, WEIGHT, bits, given_norm, pruned_positions
+from slow_sweep import slow_n_pruned
 
 from owl_deploy.methods import METHODS, magnitude, wanda
 from owl_deploy.methods.method import Goal, Linear, Method, n_pruned, prune_lowest
@@ -19,18 +19,6 @@ from owl_deploy.statistics import SquaredNorm
 
 QUICK = settings(derandomize=True, deadline=None, max_examples=60)
 
-WEIGHT = torch.tensor(
-    [
-        [0.10, -0.80, 0.30, 0.05, -0.60, 0.20],
-        [-0.40, 0.25, -0.15, 0.70, 0.35, -0.50],
-        [0.90, -0.05, 0.45, -0.30, 0.15, 0.60],
-        [-0.20, 0.55, -0.65, 0.40, -0.10, 0.02],
-    ]
-)
-SEQUENCES = [
-    torch.tensor([[1, 0, 2, -1, 0.5, 3], [0, 1, -2, 1, 0.5, 0]]),
-    torch.tensor([[2, -1, 0, 0, 1, 1], [1, 0, 1, 2, -0.5, 0]]),
-]
 SCORE = [
     [0.173205, 0.800000, 0.636396, 0.086603, 0.561249, 0.447214],
     [0.692820, 0.250000, 0.318198, 1.212436, 0.327395, 1.118034],
@@ -44,11 +32,6 @@ OFFICIAL_MAGNITUDE = {
 }
 
 sparsities = st.floats(0, 0.999).map(lambda s: round(s, 3))
-
-
-def slow_n_pruned(n: int, sparsity: float) -> int:
-    """n * sparsity as written in decimal, to the nearest integer, halves down."""
-    return ceil(n * Fraction(repr(sparsity)) - Fraction(1, 2))
 
 
 def slow_mask(score: NDArray[Any], sparsity: float) -> NDArray[np.bool_]:
@@ -71,10 +54,6 @@ def worked_statistic() -> SquaredNorm:
 def pruned_by(method: Method, weight: torch.Tensor, statistic: SquaredNorm | None, sparsity: float) -> torch.Tensor:
     """The weight that a method makes of a linear, unstructured."""
     return method.prune(Linear("w", weight, statistic), Goal(sparsity)).weight
-
-
-def pruned_positions(weight: torch.Tensor) -> list[list[int]]:
-    return (weight == 0).int().tolist()
 
 
 @st.composite
@@ -104,9 +83,8 @@ def test_wanda_masks_of_the_worked_example(sparsity: float, expected: list[list[
 
 
 def test_wanda_keeps_two_of_four_in_the_worked_example() -> None:
-    statistic = SquaredNorm(4)
-    statistic.mean = worked_statistic().mean[:4]
-    pruned = wanda.prune(Linear("w", WEIGHT[:, :4], statistic), Goal(0.5, Pattern(2, 4))).weight
+    linear = Linear("w", WEIGHT[:, :4], given_norm(worked_statistic().mean[:4]))
+    pruned = wanda.prune(linear, Goal(0.5, Pattern(2, 4))).weight
     assert pruned_positions(pruned) == [[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]
 
 
@@ -242,11 +220,6 @@ def test_wanda_keeps_weights_bit_for_bit_and_puts_plus_zero_elsewhere(
     pruned = pruned_by(wanda.METHOD, weight, statistic, sparsity)
     score = np.abs(weight.numpy()) * np.sqrt(statistic.mean.numpy())
     np.testing.assert_array_equal(bits(pruned), np.where(slow_mask(score, sparsity), bits(weight), 0))
-
-
-def bits(weight: torch.Tensor) -> NDArray[np.int32]:
-    """The float32 values as integers, so that -0.0 is not 0.0."""
-    return weight.contiguous().numpy().view(np.int32)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])

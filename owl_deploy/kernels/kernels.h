@@ -41,7 +41,8 @@ struct Kernels {
   void (*prepare)(const Product& product, const float* x, size_t i, float* floats, uint8_t* bytes, float* scales);
   // Bytes of scratch memory that `multiply` needs for each piece of W, 64-byte aligned.
   size_t (*scratch_bytes)(const Product& product);
-  // Rows [begin, end) of W. With kTiles, pieces of `product` may be taken at the same time for several tiles.
+  // Rows [begin, end) of W. With kTiles, `product` is one tile of X: `floats` and `y` begin there, and m is at most
+  // `tile`; the same rows of W may meet several tiles at the same time.
   void (*multiply)(const Product& product, size_t begin, size_t end, uint8_t* scratch);
 };
 

@@ -1,4 +1,5 @@
-// AVX-512: sixteen floats, sixty-four bytes. OWL_VBMI2 adds VBMI2 (byte expansion) and VNNI (byte products).
+// AVX-512: sixteen floats, sixty-four bytes. OWL_VBMI2 adds VBMI2 (byte expansion) and VNNI (byte products); a target
+// without it takes lanes-masks.h as well.
 //
 // SPDX-License-Identifier: Apache-2.0
 #include <immintrin.h>
@@ -180,10 +181,22 @@ static inline void LookupAdd(Acc& acc, const uint8_t* mask, const uint8_t* value
   if (n <= 48) return;
   add(_mm512_extracti32x4_epi32(columns, 3), values + 48 * kSize, n - 48);
 }
-#else
-constexpr size_t kLookupPercent = 0;
-template <ValueType>
-void LookupAdd(Acc&, const uint8_t*, const uint8_t*, const XBlock&) = delete;
+
+// Set bits of `n` masks.
+static inline size_t CountMasks(const uint8_t* masks, size_t n) {
+  __m512i counts = _mm512_setzero_si512();
+  for (size_t i = 0; i < n; i += 8) {
+    const __mmask8 mask = static_cast<__mmask8>(n - i < 8 ? (1U << (n - i)) - 1 : 0xFF);
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(mask, masks + 8 * i)));
+  }
+  return static_cast<size_t>(_mm512_reduce_add_epi64(counts));
+}
+
+static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
+  const size_t n = static_cast<size_t>(__builtin_popcountll(mask));
+  _mm512_storeu_si512(columns, _mm512_mask_compress_epi8(ClearedInt(), mask, AllColumns()));
+  return n;
+}
 #endif
 
 template <ValueType kType>
@@ -237,36 +250,6 @@ static inline size_t BlockColumns(const uint8_t* list, size_t n_left, uint32_t f
     n += static_cast<size_t>(__builtin_popcount(inside));
     if (inside != ~0U) break;
   }
-  return n;
-}
-
-// Set bits of `n` masks.
-static inline size_t CountMasks(const uint8_t* masks, size_t n) {
-#if OWL_VBMI2
-  __m512i counts = _mm512_setzero_si512();
-  for (size_t i = 0; i < n; i += 8) {
-    const __mmask8 mask = static_cast<__mmask8>(n - i < 8 ? (1U << (n - i)) - 1 : 0xFF);
-    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(mask, masks + 8 * i)));
-  }
-  return static_cast<size_t>(_mm512_reduce_add_epi64(counts));
-#else
-  size_t count = 0;
-  for (size_t i = 0; i < n; ++i) {
-    uint64_t mask;
-    __builtin_memcpy(&mask, masks + 8 * i, sizeof mask);
-    count += static_cast<size_t>(__builtin_popcountll(mask));
-  }
-  return count;
-#endif
-}
-
-static inline size_t MaskColumns(uint64_t mask, uint8_t* columns) {
-  const size_t n = static_cast<size_t>(__builtin_popcountll(mask));
-#if OWL_VBMI2
-  _mm512_storeu_si512(columns, _mm512_mask_compress_epi8(ClearedInt(), mask, AllColumns()));
-#else
-  for (; mask != 0; mask &= mask - 1) *columns++ = static_cast<uint8_t>(__builtin_ctzll(mask));
-#endif
   return n;
 }
 

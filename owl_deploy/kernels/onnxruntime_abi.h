@@ -25,7 +25,7 @@ struct SessionOptions;
 struct OpAttribute;
 
 enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2 };
-enum ErrorCode : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
+enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
 struct Api {

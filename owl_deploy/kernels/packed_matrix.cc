@@ -179,10 +179,6 @@ size_t PackedMatrix::record_offset(size_t row) const {
   return static_cast<size_t>(Load<uint32_t>(row_starts + 4 * row)) * 8;
 }
 
-float PackedMatrix::row_scale(size_t row) const {
-  return row_scales == nullptr ? 1.0f : Load<float>(row_scales + 4 * row);
-}
-
 size_t ValueBytes(ValueType type, size_t n) { return static_cast<size_t>(BytesOfValues(type, n)); }
 
 std::string OpenPackedMatrix(const void* data, size_t size, PackedMatrix* matrix) {

@@ -36,7 +36,6 @@ struct PackedMatrix {
   size_t n_groups() const { return group == 0 ? 0 : (n_columns + group - 1) / group; }
   // Where record `row` begins; `row` may be n_rows, which gives the end of the last one.
   size_t record_offset(size_t row) const;
-  float row_scale(size_t row) const;
 };
 
 // Bytes that `n` values of a type take in a record.

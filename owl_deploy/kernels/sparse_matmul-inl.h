@@ -37,11 +37,6 @@ OWL_INLINE uint32_t LoadU32(const uint8_t* p) {
   __builtin_memcpy(&value, p, sizeof value);
   return value;
 }
-OWL_INLINE uint16_t LoadU16(const uint8_t* p) {
-  uint16_t value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
 OWL_INLINE float LoadF32(const uint8_t* p) {
   float value;
   __builtin_memcpy(&value, p, sizeof value);
@@ -298,60 +293,55 @@ static void MultiplyTiles(const Product& p, size_t begin, size_t end) {
   const size_t n_blocks = BlocksOf(w);
   for (size_t row = begin; row < end; row += kGroupRows) {
     const size_t n_rows = end - row < kGroupRows ? end - row : kGroupRows;
-    for (size_t first = 0; first < p.m; first += kTile) {
-      __builtin_memset(scratch.sums, 0, n_rows * kTile * sizeof(float));
+    __builtin_memset(scratch.sums, 0, n_rows * kTile * sizeof(float));
+    for (size_t r = 0; r < n_rows; ++r) {
+      Cursor& cursor = scratch.cursors[r];
+      cursor.columns = cursor.values = w.data + RecordOffset(w, row + r);
+      if constexpr (kEncoding == Encoding::kBitmask) cursor.values += 8 * n_blocks;
+      if constexpr (kEncoding == Encoding::kIndex16) {
+        cursor.n_left = LoadU32(cursor.columns);
+        cursor.columns += 4;
+        cursor.values = cursor.columns + (2 * cursor.n_left + 3) / 4 * 4;
+      }
+    }
+    for (size_t j = 0; j < n_blocks; ++j) {
+      const float* panel = p.floats + j * kBlock * kTile;
+      // A list is read one by one from vectors just stored, which has to wait until they are in the cache (Zen 4: 50
+      // instead of 32 ns per row at 70 %): so several rows are listed before the first is multiplied.
+      for (size_t r = 0; r < n_rows; r += kListsAhead) {
+        const size_t n_lists = n_rows - r < kListsAhead ? n_rows - r : kListsAhead;
+        for (size_t i = 0; i < n_lists; ++i) {
+          ReadBlock<kType, kEncoding>(scratch.cursors[r + i], j, w.n_columns, scratch.lists[i]);
+          // Sixty-four rows are too many streams for a processor to foresee; X is one, and is left to it.
+          __builtin_prefetch(scratch.cursors[r + i].values + 128);
+          __builtin_prefetch(scratch.cursors[r + i].columns + 64);
+          for (size_t t = 0; t < kTile; t += 16) __builtin_prefetch(scratch.sums + (r + i) * kTile + t, 1);
+        }
+        if constexpr (kEncoding == Encoding::kDense) {
+          for (size_t i = 0; i < n_lists; i += 4) {
+            const AnyFloat* values[4];
+            for (size_t k = 0; k < 4; ++k) values[k] = scratch.lists[i + k < n_lists ? i + k : i].values;
+            const size_t left = n_lists - i;
+            MulTileDense<kVecs>(scratch.sums + (r + i) * kTile, panel, values, scratch.lists[i].n, left < 4 ? left : 4);
+          }
+          continue;
+        }
+        for (size_t i = 0; i < n_lists; ++i) {
+          const BlockList& list = scratch.lists[i];
+          MulTile<kVecs>(scratch.sums + (r + i) * kTile, panel, list.columns, list.values, list.n);
+        }
+      }
+    }
+    if constexpr (kType == ValueType::kInt8) {
       for (size_t r = 0; r < n_rows; ++r) {
-        Cursor& cursor = scratch.cursors[r];
-        cursor.columns = cursor.values = w.data + RecordOffset(w, row + r);
-        if constexpr (kEncoding == Encoding::kBitmask) cursor.values += 8 * n_blocks;
-        if constexpr (kEncoding == Encoding::kIndex16) {
-          cursor.n_left = LoadU32(cursor.columns);
-          cursor.columns += 4;
-          cursor.values = cursor.columns + (2 * cursor.n_left + 3) / 4 * 4;
-        }
+        const float scale = LoadF32(w.row_scales + 4 * (row + r));
+        for (size_t t = 0; t < kTile; ++t) scratch.sums[r * kTile + t] *= scale;
       }
-      const float* tile = p.floats + first * w.n_columns;
-      for (size_t j = 0; j < n_blocks; ++j) {
-        const float* panel = tile + j * kBlock * kTile;
-        // A list is read one by one from vectors just stored, which has to wait until they are in the cache (Zen 4: 50
-        // instead of 32 ns per row at 70 %): so several rows are listed before the first is multiplied.
-        for (size_t r = 0; r < n_rows; r += kListsAhead) {
-          const size_t n_lists = n_rows - r < kListsAhead ? n_rows - r : kListsAhead;
-          for (size_t i = 0; i < n_lists; ++i) {
-            ReadBlock<kType, kEncoding>(scratch.cursors[r + i], j, w.n_columns, scratch.lists[i]);
-            // Sixty-four rows are too many streams for a processor to foresee; X is one, and is left to it.
-            __builtin_prefetch(scratch.cursors[r + i].values + 128);
-            __builtin_prefetch(scratch.cursors[r + i].columns + 64);
-            for (size_t t = 0; t < kTile; t += 16) __builtin_prefetch(scratch.sums + (r + i) * kTile + t, 1);
-          }
-          if constexpr (kEncoding == Encoding::kDense) {
-            for (size_t i = 0; i < n_lists; i += 4) {
-              const AnyFloat* values[4];
-              for (size_t k = 0; k < 4; ++k) values[k] = scratch.lists[i + k < n_lists ? i + k : i].values;
-              const size_t left = n_lists - i;
-              MulTileDense<kVecs>(scratch.sums + (r + i) * kTile, panel, values, scratch.lists[i].n,
-                                  left < 4 ? left : 4);
-            }
-            continue;
-          }
-          for (size_t i = 0; i < n_lists; ++i) {
-            const BlockList& list = scratch.lists[i];
-            MulTile<kVecs>(scratch.sums + (r + i) * kTile, panel, list.columns, list.values, list.n);
-          }
-        }
-      }
-      if constexpr (kType == ValueType::kInt8) {
-        for (size_t r = 0; r < n_rows; ++r) {
-          const float scale = LoadF32(w.row_scales + 4 * (row + r));
-          for (size_t t = 0; t < kTile; ++t) scratch.sums[r * kTile + t] *= scale;
-        }
-      }
-      const size_t n_used = p.m - first < kTile ? p.m - first : kTile;
-      for (size_t t = 0; t < n_used; ++t) {
-        float* y = p.y + (first + t) * w.n_rows + row;
-        for (size_t r = 0; r < n_rows; ++r) {
-          y[r] = scratch.sums[r * kTile + t] + (p.bias == nullptr ? 0 : p.bias[row + r]);
-        }
+    }
+    for (size_t t = 0; t < p.m; ++t) {
+      float* y = p.y + t * w.n_rows + row;
+      for (size_t r = 0; r < n_rows; ++r) {
+        y[r] = scratch.sums[r * kTile + t] + (p.bias == nullptr ? 0 : p.bias[row + r]);
       }
     }
   }

@@ -10,4 +10,5 @@ static constexpr char kName[] = "avx512";
 }
 
 #include "lanes-avx512.h"
+#include "lanes-masks.h"
 #include "sparse_matmul-inl.h"

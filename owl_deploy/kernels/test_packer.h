@@ -71,7 +71,6 @@ class ExactBytes {
       : block_(new uint8_t[offset + bytes.size()]), offset_(offset), size_(bytes.size()) {
     if (!bytes.empty()) std::memcpy(block_.get() + offset, bytes.data(), bytes.size());
   }
-  uint8_t* data() { return block_.get() + offset_; }
   const uint8_t* data() const { return block_.get() + offset_; }
   size_t size() const { return size_; }
 
@@ -84,7 +83,6 @@ class ExactBytes {
 struct TestMatrix {
   std::vector<uint8_t> bytes;
   std::vector<double> weights;  // (n_rows, n_columns), zero where nothing is stored
-  std::vector<bool> is_stored;  // (n_rows, n_columns)
   size_t n_values = 0;
 };
 
@@ -175,7 +173,6 @@ inline TestMatrix MakeMatrix(const Shape& shape, Random* random) {
   const Encoding encoding = shape.kind.encoding;
   TestMatrix matrix;
   matrix.weights.assign(N * K, 0.0);
-  matrix.is_stored.assign(N * K, false);
 
   int8_t codebook[16];
   for (int i = 0; i < 16; ++i) codebook[i] = static_cast<int8_t>(static_cast<int>(Below(random, 255)) - 127);
@@ -208,7 +205,6 @@ inline TestMatrix MakeMatrix(const Shape& shape, Random* random) {
       if (shape.kind.is_scaled()) weight *= static_cast<double>(row_scales[r]);
       if (group != 0) weight *= group_scales[k / group];
       matrix.weights[r * K + k] = weight;
-      matrix.is_stored[r * K + k] = true;
     }
     matrix.n_values += raws.size();
 

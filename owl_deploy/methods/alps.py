@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from owl_deploy.methods.method import Goal, Linear, Method, Pruned, n_pruned, prune_lowest
+from owl_deploy.methods.method import Goal, Linear, Method, Pruned, keep_all_but_lowest, n_pruned, prune_lowest
 from owl_deploy.statistics import Hessian
 
 __all__ = ["METHOD", "prune"]
@@ -127,18 +127,8 @@ def _support(problem: _Problem, values: torch.Tensor) -> torch.Tensor:
     score = values.abs().masked_fill_(problem.dead, -1.0)
     if problem.goal.pattern is not None:
         return prune_lowest(score, problem.goal)
-    return _all_but_lowest(score, n_pruned(score.numel(), problem.goal.sparsity))
-
-
-def _all_but_lowest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """As `prune_lowest` over the flat matrix, with a selection instead of a sort: this runs hundreds of times."""
-    if count == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    flat = score.reshape(-1)
-    threshold = flat.kthvalue(count).values
-    kept, tied = flat > threshold, flat == threshold
-    n_tied_pruned = count - int((flat < threshold).sum())
-    return (kept | (tied & (tied.cumsum(0) > n_tied_pruned))).reshape(score.shape)
+    count = n_pruned(score.numel(), problem.goal.sparsity)
+    return keep_all_but_lowest(score.reshape(1, -1), count).reshape(score.shape)
 
 
 def _refine(problem: _Problem, mask: torch.Tensor, start: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,40 @@ from typing import TypeAlias
 
 import torch
 
-from owl_deploy.methods.inverse_hessian import InverseHessian
-from owl_deploy.methods.method import Goal, Pruned, n_pruned, prune_lowest
+from owl_deploy.methods.inverse_hessian import InverseHessian, invert
+from owl_deploy.methods.method import Goal, Linear, Pruned, keep_all_but_lowest, n_pruned, prune_lowest
+from owl_deploy.statistics import Hessian
 
-__all__ = ["Score", "prune_and_compensate"]
+__all__ = ["Score", "prune_and_compensate", "prune_by"]
 
 Score: TypeAlias = Callable[[torch.Tensor, slice], torch.Tensor]
 """(weights (out, n) as they are by now, the n columns they are) -> (out, n), lowest goes first."""
+
+
+def prune_by(
+    score: Callable[[InverseHessian], Score], linear: Linear, goal: Goal, *, block_size: int, dampening: float
+) -> Pruned:
+    """Zero the lowest scores of a linear, in slabs or groups of columns, and update the columns that follow.
+
+    Args:
+        score: made from the inverse Hessian of the linear's inputs.
+        linear: its statistic is a `Hessian`.
+        goal: sparsity of the matrix, or a pattern.
+        block_size: columns whose mask is chosen together.
+        dampening: share of the mean of the diagonal that is added to the Hessian's diagonal.
+
+    Returns:
+        The matrix; its notes hold "loss" (half the squared output error over the damped Hessian), and what
+        `InverseHessian.notes` has to say.
+
+    Raises:
+        OwlDeployError: the Hessian cannot be inverted.
+        ValueError: `block_size` is below 1, or the pattern's group does not divide the columns.
+    """
+    assert isinstance(linear.statistic, Hessian)
+    hessian = invert(linear.statistic, dampening)
+    pruned = prune_and_compensate(linear.weight, goal, hessian, score(hessian), block_size=block_size)
+    return Pruned(pruned.weight, pruned.notes | hessian.notes(dampening))
 
 
 def prune_and_compensate(
@@ -62,8 +89,7 @@ def prune_and_compensate(
     else:
         span = goal.pattern.of
         block_size = -(-block_size // span) * span
-        if columns % span:
-            raise ValueError(f"{columns} columns do not divide into groups for {goal.pattern}")
+        goal.pattern.check_columns(columns)
 
     # Transposed, a column is contiguous, and so are all columns from one to another.
     swept = torch.where(hessian.dead[:, None], 0.0, weight.T).contiguous()
@@ -93,16 +119,6 @@ def _mask(score: torch.Tensor, goal: Goal, columns: slice, dead: torch.Tensor) -
     else:
         rows = len(score)
         count = n_pruned(rows * columns.stop, goal.sparsity) - n_pruned(rows * columns.start, goal.sparsity)
-        mask = _keep_all_but_lowest(score.reshape(-1), count).reshape(score.shape)
+        mask = keep_all_but_lowest(score.reshape(1, -1), count).reshape(score.shape)
     # An input whose squares underflow is dead and yet has products with others, which would move its weights.
     return mask & ~dead
-
-
-def _keep_all_but_lowest(score: torch.Tensor, count: int) -> torch.Tensor:
-    """Return (n,) bool that is False for exactly `count` scores; of equal ones the first go first."""
-    if count == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    # Selecting is several times faster than sorting a slab.
-    threshold = score.kthvalue(count).values
-    below, at = score < threshold, score == threshold
-    return ~(below | (at & (at.cumsum(0) <= count - below.sum())))

@@ -8,7 +8,7 @@ from math import comb
 import torch
 
 from owl_deploy.methods.inverse_hessian import InverseHessian, invert
-from owl_deploy.methods.method import Goal, Linear, Method, Pruned, n_pruned
+from owl_deploy.methods.method import Goal, Linear, Method, Pruned, keep_all_but_lowest, n_pruned
 from owl_deploy.statistics import Hessian
 
 __all__ = ["METHOD", "choose_mask", "compensate", "prune"]
@@ -80,8 +80,8 @@ def choose_mask(weight: torch.Tensor, goal: Goal, inverse: InverseHessian, *, bl
     size = goal.pattern.of if goal.pattern else block_size
     if size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if goal.pattern and columns % size:
-        raise ValueError(f"{columns} columns do not divide into groups for {goal.pattern}")
+    if goal.pattern:
+        goal.pattern.check_columns(columns)
     mask = torch.ones_like(weight, dtype=torch.bool)
     swept, upper = weight.clone(), inverse.upper
     # Columns beyond the next 128 or so are updated for many groups at once: few large products, not many small ones.
@@ -121,8 +121,7 @@ def _n_pruned_of(goal: Goal, first: int, last: int) -> int:
 
 def _cheapest_alone(weights: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
     """Return which weights to remove, (out, group) bool, by what each costs alone."""
-    order = (weights.square() / inverse.diagonal().float()).argsort(dim=1, stable=True)
-    return torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    return ~keep_all_but_lowest(weights.square() / inverse.diagonal().float(), count)
 
 
 def _cheapest_set(weights: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
