@@ -24,7 +24,7 @@ COPY export ./export
 COPY bench ./bench
 COPY recipes ./recipes
 # One environment builds; the other, without pip, is what ships. Files are byte-compiled here (pip's
-# default), because the runtime user cannot write beside them. The test suites of numpy and scipy go: 46 MB.
+# default), because the runtime user cannot write beside them. The test suite of numpy goes.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     python3 -m venv /opt/build \
     && /opt/build/bin/pip wheel --no-cache-dir --no-deps --wheel-dir /dist . \

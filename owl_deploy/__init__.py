@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from owl_deploy.artifact import open_artifact
     from owl_deploy.bench.run import run_bench
     from owl_deploy.checkpoint import open_checkpoint
+    from owl_deploy.depth import prune_depth
     from owl_deploy.engines.bridge import install_bridge
     from owl_deploy.evaluation import evaluate
     from owl_deploy.export.writer import export_onnx
     from owl_deploy.pipeline import run
     from owl_deploy.pruning import prune
     from owl_deploy.recipe import load_recipe
+    from owl_deploy.sweep import run_sweep
 
 __all__ = [
     "evaluate",
@@ -28,8 +30,10 @@ __all__ = [
     "open_artifact",
     "open_checkpoint",
     "prune",
+    "prune_depth",
     "run",
     "run_bench",
+    "run_sweep",
 ]
 
 _HOMES = {
@@ -40,8 +44,10 @@ _HOMES = {
     "open_artifact": "owl_deploy.artifact",
     "open_checkpoint": "owl_deploy.checkpoint",
     "prune": "owl_deploy.pruning",
+    "prune_depth": "owl_deploy.depth",
     "run": "owl_deploy.pipeline",
     "run_bench": "owl_deploy.bench.run",
+    "run_sweep": "owl_deploy.sweep",
 }
 
 

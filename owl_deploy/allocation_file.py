@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,13 @@ from typing import Any
 import yaml
 
 from owl_deploy.allocation import MAX_SPARSITY
-from owl_deploy.errors import RecipeError
+from owl_deploy.errors import RecipeError, shown
 from owl_deploy.files import write_bytes
 
-__all__ = ["MEAN_TOLERANCE", "load_allocation", "save_allocation"]
+__all__ = ["MEAN_TOLERANCE", "is_by_linear", "load_allocation", "save_allocation"]
 
 MEAN_TOLERANCE = 0.001
 """How far the weighted mean of a file may be from the target: values written with three decimals are near enough."""
-
-# One sentence, whatever was found: a few lines of YAML aliases can stand for gigabytes.
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
 
 
 def save_allocation(path: Path, sparsities: Sequence[float], *, names: Sequence[str] | None = None) -> None:
@@ -57,6 +52,12 @@ def save_allocation(path: Path, sparsities: Sequence[float], *, names: Sequence[
         text = yaml.safe_dump(plain, sort_keys=False, width=1 << 20)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode())
+
+
+def is_by_linear(path: Path) -> bool:
+    """Return whether a file names linears, not blocks, going by its first key. Raises RecipeError."""
+    pairs = _pairs(path)
+    return bool(pairs) and not pairs[0][0].isdecimal()
 
 
 def load_allocation(
@@ -87,15 +88,15 @@ def load_allocation(
     for key, value in _pairs(path):
         if key not in known:
             raise RecipeError(
-                f"{path}: unknown {_named(key, names)}, of value {_shown(value)}; {_hint(key, keys, names)}"
+                f"{path}: unknown {_named(key, names)}, of value {shown(value)}; {_hint(key, keys, names)}"
             )
         if key in found:
-            raise RecipeError(f"{path}: {_named(key, names)} is there twice, {found[key]:g} and {_shown(value)}")
+            raise RecipeError(f"{path}: {_named(key, names)} is there twice, {found[key]:g} and {shown(value)}")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecipeError(f"{path}: sparsity of {_named(key, names)} must be a number, got {_shown(value)}")
+            raise RecipeError(f"{path}: sparsity of {_named(key, names)} must be a number, got {shown(value)}")
         if not 0 <= value <= ceiling:  # also refuses NaN
             raise RecipeError(
-                f"{path}: sparsity of {_named(key, names)} must be in [0, {ceiling:g}], got {_shown(value)}"
+                f"{path}: sparsity of {_named(key, names)} must be in [0, {ceiling:g}], got {shown(value)}"
             )
         found[key] = float(value)
     missing = [key for key in keys if key not in found]
@@ -158,7 +159,7 @@ def _yaml_pairs(text: str) -> list[tuple[str, Any]] | None:
         if not isinstance(node, yaml.MappingNode):
             return None
         # Keys as written: YAML would make 010 an eight and yes a one.
-        keys = [key.value if isinstance(key, yaml.ScalarNode) else _shown(key.value) for key, _ in node.value]
+        keys = [key.value if isinstance(key, yaml.ScalarNode) else shown(key.value) for key, _ in node.value]
         values = [loader.construct_object(value, deep=True) for _, value in node.value]
     finally:
         loader.dispose()
@@ -166,8 +167,8 @@ def _yaml_pairs(text: str) -> list[tuple[str, Any]] | None:
 
 
 def _named(key: str, names: Sequence[str] | None) -> str:
-    shown = key if len(key) <= 200 and key.isprintable() and key else _shown(key)
-    return f"{'block' if names is None else 'linear'} {shown}"
+    text = key if len(key) <= 200 and key.isprintable() and key else shown(key)
+    return f"{'block' if names is None else 'linear'} {text}"
 
 
 def _hint(key: str, keys: list[str], names: Sequence[str] | None) -> str:
@@ -176,10 +177,3 @@ def _hint(key: str, keys: list[str], names: Sequence[str] | None) -> str:
         return f"blocks are 0 to {len(keys) - 1}"
     near = difflib.get_close_matches(key[:200], keys, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"the first linear is {keys[0]}"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return _REPR.repr(value)
-    except ValueError:  # Python writes no integers of more than 4300 digits
-        return "a number beyond all bounds"

@@ -11,7 +11,7 @@ import io
 import json
 import random
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,33 @@ from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.files import write_bytes
 from owl_deploy.progress import OnStep, silent
-from owl_deploy.recipe import PruneSettings
 from owl_deploy.text import Encoder, documents, tokens_sha256
 
-__all__ = ["Calibration", "calibration_tokens"]
+__all__ = ["Calibration", "CalibrationSettings", "calibration_tokens"]
 
 # Token budget read from a source, as a multiple of what is sampled: a shard of C4 holds 100 M tokens
 # and reading all of it would take longer than pruning.
 _READ_FACTOR = 8
+
+
+class CalibrationSettings(Protocol):
+    """What the settings of a stage say about its calibration; sensible sizes differ from stage to stage."""
+
+    @property
+    def calibration(self) -> str:
+        """Text source."""
+
+    @property
+    def n_samples(self) -> int:
+        """Sequences."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per sequence."""
+
+    @property
+    def bos(self) -> str:
+        """Begin-of-sequence token: auto, always or never."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,7 @@ class Calibration:
 
 
 def calibration_tokens(
-    checkpoint: Checkpoint, settings: PruneSettings, *, seed: int, on_step: OnStep = silent
+    checkpoint: Checkpoint, settings: CalibrationSettings, *, seed: int, on_step: OnStep = silent
 ) -> Calibration:
     """Return the calibration tokens of a run.
 
@@ -85,7 +104,7 @@ def calibration_tokens(
     return Calibration(tokens, settings.calibration, seed, settings.bos, starts)
 
 
-def _sampled(encoder: Encoder, settings: PruneSettings, seed: int) -> NDArray[np.int64]:
+def _sampled(encoder: Encoder, settings: CalibrationSettings, seed: int) -> NDArray[np.int64]:
     """Draw sequences from the joined documents of a text source, (n_samples, seq_len)."""
     always = settings.bos == "always"
     if always and encoder.bos_token_id is None:
@@ -108,7 +127,7 @@ def _sampled(encoder: Encoder, settings: PruneSettings, seed: int) -> NDArray[np
     return np.concatenate([bos, windows], axis=1)
 
 
-def _joined(encoder: Encoder, settings: PruneSettings, *, budget: int) -> NDArray[np.int64]:
+def _joined(encoder: Encoder, settings: CalibrationSettings, *, budget: int) -> NDArray[np.int64]:
     """Return the tokens of the source's documents one after the other, up to about `budget`."""
     pieces: list[NDArray[np.int64]] = []
     n_tokens = 0
@@ -121,7 +140,7 @@ def _joined(encoder: Encoder, settings: PruneSettings, *, budget: int) -> NDArra
 
 
 def _generated(
-    checkpoint: Checkpoint, encoder: Encoder, settings: PruneSettings, seed: int, on_step: OnStep
+    checkpoint: Checkpoint, encoder: Encoder, settings: CalibrationSettings, seed: int, on_step: OnStep
 ) -> Calibration:
     """Return text that the model samples from itself, from the cache where it was made before."""
     starts_with_bos = settings.bos != "never" and encoder.bos_token_id is not None

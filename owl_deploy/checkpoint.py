@@ -76,11 +76,7 @@ class Checkpoint:
             UnsupportedModelError: there is no such tensor, or its file is damaged.
             OwlDeployError: the tensor holds NaN or Inf.
         """
-        entry = self.tensors.get(name)
-        if entry is None:
-            raise UnsupportedModelError(
-                f"{self.path} has no tensor {name}: the checkpoint does not fit its config.json"
-            )
+        entry = self._entry(name)
         try:
             with safe_open(entry.file, framework="pt") as file:
                 tensor: torch.Tensor = file.get_tensor(name)
@@ -91,6 +87,31 @@ class Checkpoint:
                 f"tensor {name} holds NaN or Inf: the checkpoint is damaged or overflowed when it was saved"
             )
         return tensor
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type that a tensor is stored as.
+
+        Raises:
+            UnsupportedModelError: there is no such tensor, or its type holds no weights that torch knows.
+        """
+        import torch
+
+        entry = self._entry(name)
+        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        if entry.dtype not in known:
+            raise UnsupportedModelError(
+                f"tensor {name} in {entry.file} is stored as {entry.dtype}, and weights must be floats "
+                f"({', '.join(known)})"
+            )
+        return known[entry.dtype]
+
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise UnsupportedModelError(
+                f"{self.path} has no tensor {name}: the checkpoint does not fit its config.json"
+            )
+        return entry
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:

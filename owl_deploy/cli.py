@@ -9,29 +9,46 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import click
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.recipe import (
     BenchSettings,
+    DepthSettings,
     EvalSettings,
     ExportSettings,
     PruneSettings,
+    Recipe,
     Settings,
     SettingsT,
+    StructureSettings,
     checked,
     load_recipe,
     recipe_from_mapping,
 )
-from owl_deploy.results import print_artifact, print_evaluation, print_json, print_report, print_sparsity
+from owl_deploy.results import (
+    print_artifact,
+    print_depth,
+    print_evaluation,
+    print_json,
+    print_plan,
+    print_pruning_plan,
+    print_report,
+    print_sparsity,
+    print_structure,
+    print_sweep,
+    print_tasks,
+)
 from owl_deploy.terminal import TerminalProgress
 
 __all__ = ["main"]
@@ -105,6 +122,10 @@ def _common_options(command: Callable[..., None]) -> Callable[..., None]:
 _seed = click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of everything random."
 )
+_device = click.option("--device", default="auto", show_default=True, help=Recipe.model_fields["device"].description)
+_max_memory = click.option(
+    "--max-memory", help=f"{Recipe.model_fields['max_memory'].description}  [default: what is free]"
+)
 _force = click.option("--force", is_flag=True, help="Replace what is at --out.")
 _out = click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it appears whole or not at all."
@@ -118,6 +139,16 @@ def _threads(text: str) -> Any:
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
         raise click.BadParameter(f"must be auto or 1 to 1024, got {text!r}", param_hint="--threads")
     return int(text)
+
+
+def _bytes(text: str | None) -> int | None:
+    """Return a size such as 6GiB in bytes. Raises click.BadParameter."""
+    if text is None:
+        return None
+    try:
+        return TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(text)
+    except ValidationError as error:
+        raise click.BadParameter(f"must be a size such as 6GiB, got {text!r}", param_hint="--max-memory") from error
 
 
 def _prepare(offline: bool) -> None:
@@ -195,10 +226,86 @@ def _overridden(recipe: Any, flags: dict[str, Any], where: str) -> Any:
 
 
 @cli.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="Local folder (a config.json alone will do), .gguf file, hub id, or demo:smollm2-135m.")
+@_settings_options(PruneSettings)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for plan.json, plan.svg and allocation.json (for --allocation file:PATH).",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of everything random.  [default: 0]")
+@_device
+@_max_memory
+@_force
+@_common_options
+def plan(
+    recipe: Path | None,
+    model: str | None,
+    out: Path | None,
+    seed: int | None,
+    device: str,
+    max_memory: str | None,
+    force: bool,
+    common: _Common,
+    **flags: Any,
+) -> None:
+    """Show what pruning will do, before it does: allocation, memory, time, sizes.
+
+    Of a RECIPE or of a --model; flags of prune override the keys of a recipe. What an allocation has to learn from
+    the model stays in the cache for prune.
+
+    \b
+    Example:
+      owl-deploy plan --model demo:smollm2-135m --sparsity 0.7 --calibration python-docs \\
+        --n-samples 16 --seq-len 512 --out plan
+    """
+    if out is not None and out.exists() and not force:
+        raise OwlDeployError(f"{out} exists already: give another --out, or --force to replace it")
+    planned = _planned(recipe, model, seed, flags)
+    memory_limit = planned.max_memory if max_memory is None else _bytes(max_memory)
+    from owl_deploy.plan import ALL_ARTIFACTS, plan_pruning, write_plan
+
+    with common.progress() as progress:
+        found = plan_pruning(
+            planned.model,
+            planned.prune,
+            artifacts=planned.export or ALL_ARTIFACTS,
+            seed=planned.seed,
+            threads=planned.threads if common.threads == "auto" else common.threads,
+            device=planned.device if device == "auto" else device,
+            max_memory=memory_limit,
+            offline=common.offline,
+            on_step=progress,
+        )
+    if out is not None:
+        write_plan(found, out, force=force)
+    if common.as_json:
+        print_json(found.facts)
+    else:
+        print_pruning_plan(found.facts, out)
+
+
+def _planned(recipe: Path | None, model: str | None, seed: int | None, flags: dict[str, Any]) -> Recipe:
+    """Return a recipe with the given flags in place of its keys, or one that is made of flags alone."""
+    if recipe is None:
+        if model is None:
+            raise click.UsageError("Missing argument 'RECIPE' (or option '--model').")
+        return Recipe(model=model, seed=seed or 0, prune=_settings(PruneSettings, flags))
+    mapping = load_recipe(recipe).model_dump(mode="json", exclude_unset=True)
+    given = {name: value for name, value in flags.items() if value is not None}
+    mapping["prune"] = {**mapping.get("prune", {}), **given}
+    others = {name: value for name, value in (("model", model), ("seed", seed)) if value is not None}
+    return recipe_from_mapping({**mapping, **others}, where=str(recipe))
+
+
+@cli.command()
 @click.option("--model", required=True, help="Local folder, .gguf file, hub id, or demo:smollm2-135m.")
 @_settings_options(PruneSettings)
 @_out
 @_seed
+@_device
+@_max_memory
 @click.option("--resume", is_flag=True, help="Continue a run of the same settings that was stopped.")
 @_force
 @_common_options
@@ -206,6 +313,8 @@ def prune(
     model: str,
     out: Path,
     seed: int,
+    device: str,
+    max_memory: str | None,
     resume: bool,
     force: bool,
     common: _Common,
@@ -228,6 +337,8 @@ def prune(
             out=out,
             seed=seed,
             threads=common.threads,
+            device=device,
+            max_memory=_bytes(max_memory),
             resume=resume,
             force=force,
             offline=common.offline,
@@ -239,36 +350,164 @@ def prune(
         print_sparsity(report.to_json())
 
 
+@cli.command()
+@click.option("--model", required=True, help="Local folder, .gguf file, hub id, or demo:smollm2-135m.")
+@_settings_options(StructureSettings)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; it appears whole or not at all.")
+@click.option("--dry-run", is_flag=True, help="Only show the shape that would come out, and write nothing.")
+@_seed
+@_force
+@_common_options
+def structure(
+    model: str, out: Path | None, dry_run: bool, seed: int, force: bool, common: _Common, **flags: Any
+) -> None:
+    """Remove attention heads and MLP channels: write a smaller dense checkpoint.
+
+    Which ones, a search by policy gradient decides, with forward passes alone.
+
+    \b
+    Example:
+      owl-deploy structure --model demo:smollm2-135m --channels-kept 0.8 --calibration python-docs \\
+        --n-samples 8 --budget-seconds 90 --out smaller
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out' (or '--dry-run', which writes nothing).")
+    settings = _settings(StructureSettings, flags)
+    from owl_deploy.structure import structure as cut_model
+
+    with common.progress() as progress:
+        report = cut_model(
+            model,
+            settings,
+            out=None if dry_run else out,
+            seed=seed,
+            threads=common.threads,
+            force=force,
+            offline=common.offline,
+            on_step=progress,
+        )
+    if common.as_json:
+        print_json(report.to_json())
+    else:
+        print_structure(report.to_json())
+
+
+@cli.command()
+@click.option("--model", required=True, help="Local folder, .gguf file, hub id, or demo:smollm2-135m.")
+@click.option("--n-blocks", required=True, help=DepthSettings.model_fields["n_blocks"].description)
+@_settings_options(DepthSettings)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; it appears whole or not at all.")
+@click.option("--dry-run", is_flag=True, help="Show which blocks would go, and write nothing.")
+@_seed
+@_force
+@_common_options
+def depth(model: str, out: Path | None, dry_run: bool, seed: int, force: bool, common: _Common, **flags: Any) -> None:
+    """Remove whole decoder blocks: write a smaller dense checkpoint.
+
+    \b
+    Example:
+      owl-deploy depth --model demo:smollm2-135m --n-blocks 3 --calibration python-docs --out shallow
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out' (or '--dry-run', which writes nothing).")
+    settings = _settings(DepthSettings, flags)
+    from owl_deploy.depth import prune_depth
+
+    with common.progress() as progress:
+        report = prune_depth(
+            model,
+            settings,
+            out=None if dry_run else out,
+            seed=seed,
+            threads=common.threads,
+            force=force,
+            offline=common.offline,
+            on_step=progress,
+        )
+    if common.as_json:
+        print_json(report.to_json())
+    else:
+        print_depth(report.to_json())
+
+
 @cli.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @_settings_options(EvalSettings)
 @click.option("--reference", help="Checkpoint or artifact that KL divergence and top-1 agreement are taken against.")
+@click.option(
+    "--tasks",
+    metavar="NAME[,NAME]",
+    help="Tasks of lm-evaluation-harness to answer, in place of perplexity unless --text is given too.",
+)
+@click.option(
+    "--tasks-path",
+    type=click.Path(path_type=Path),
+    help="Folder of task files (YAML) and their data; files that ask for code are refused.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Samples of each task, from its start; all when not given.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's]")
 @_common_options
 def evaluate(
     models: tuple[str, ...],
     reference: str | None,
+    tasks: str | None,
+    tasks_path: Path | None,
+    limit: int | None,
+    num_fewshot: int | None,
     common: _Common,
     **flags: Any,
 ) -> None:
     """Measure the perplexity of checkpoints (in torch) or artifacts (in their own engine).
 
+    With --tasks it measures zero-shot or few-shot tasks instead, and perplexity too if --text is
+    given. A --window that is given also shortens the context of the tasks.
+
     \b
     Example:
       owl-deploy eval sparse --text python-docs --reference demo:smollm2-135m --max-windows 2
     """
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names and (tasks, tasks_path, limit, num_fewshot) != (None, None, None, None):
+        raise click.UsageError("--tasks-path, --limit and --num-fewshot need --tasks with the name of a task")
+    has_perplexity = not names or flags["text"] is not None
+    if not has_perplexity and (reference, flags["max_windows"]) != (None, None):
+        raise click.UsageError("--reference and --max-windows belong to perplexity: with --tasks add --text")
+    has_window = flags["window"] is not None
     settings = _settings(EvalSettings, flags)
-    from owl_deploy.evaluation import evaluate as evaluate_models
-
+    documents: list[dict[str, Any]] = [{"model": model} for model in models]
     with common.progress() as progress:
-        results = evaluate_models(
-            models, settings, reference=reference, threads=common.threads, offline=common.offline, on_step=progress
-        )
+        if has_perplexity:
+            from owl_deploy.evaluation import evaluate as evaluate_models
+
+            results = evaluate_models(
+                models, settings, reference=reference, threads=common.threads, offline=common.offline, on_step=progress
+            )
+            for document, result in zip(documents, results, strict=True):
+                document.update(result.to_json())
+        if names:
+            from owl_deploy.tasks import evaluate_tasks
+
+            answers = evaluate_tasks(
+                models,
+                names,
+                folder=tasks_path,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                window=settings.window if has_window else None,
+                threads=common.threads,
+                offline=common.offline,
+                on_step=progress,
+            )
+            for document, answer in zip(documents, answers, strict=True):
+                document.update(answer.to_json())
     if common.as_json:
-        documents = [{"model": model, **result.to_json()} for model, result in zip(models, results, strict=True)]
         print_json(documents[0] if len(documents) == 1 else {"evaluations": documents})
         return
-    for model, result in zip(models, results, strict=True):
-        print_evaluation(model, result.to_json())
+    if has_perplexity:
+        for document in documents:
+            print_evaluation(document["model"], document)
+    if names:
+        print_tasks(documents)
 
 
 @cli.command()
@@ -362,6 +601,68 @@ def bench(
     _exit_if_failed(measured, out)
 
 
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of all results.  [default: runs/NAME-OF-THE-RECIPE]"
+)
+@click.option("--only", default="*", help="Make only the cells whose names fit, such as 'wanda-*-0.7'.  [default: all]")
+@click.option("--dry-run", is_flag=True, help="List the cells, in order, and which of them are finished.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    help="Read an evaluation text from another place: wikitext2:PATH stands in for the recipe's wikitext2.",
+)
+@click.option("--model", help="Override the recipe's model.")
+@click.option("--threads", help="Override the recipe's threads: auto or a number.")
+@click.option("--offline", is_flag=True, help="Never ask a model hub.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+def sweep(
+    recipe: Path,
+    out: Path | None,
+    only: str,
+    dry_run: bool,
+    texts: tuple[str, ...],
+    offline: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Prune a model in every way of a RECIPE's grid, measure the quality of each, and write one table.
+
+    Finished cells are kept: to go on after a stop, run the same command again.
+
+    \b
+    Example:
+      owl-deploy sweep recipes/methods-smollm2.yaml --out runs/methods --only 'wanda-*'
+    """
+    settings = _overridden(load_recipe(recipe), flags, str(recipe))
+    _prepare(offline)
+    from owl_deploy.sweep import plan, run_sweep, with_local_texts
+
+    folder = out or Path("runs") / recipe.stem
+    settings = with_local_texts(settings, texts)
+    if dry_run:
+        cells = plan(settings, out=folder, only=only, offline=offline)
+        if as_json:
+            print_json({"cells": [{"name": cell.name, "is_finished": is_finished} for cell, is_finished in cells]})
+        else:
+            print_plan([(cell.name, is_finished) for cell, is_finished in cells])
+        return
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
+        command = shlex.join(["owl-deploy", *sys.argv[1:]])
+        result = run_sweep(settings, out=folder, only=only, command=command, offline=offline, on_step=progress)
+    if as_json:
+        print_json({"results": str(folder), **result})
+    else:
+        print_sweep(result, folder)
+    if any(row["status"] == "failed" for row in result["rows"]):
+        click.echo(f"owl-deploy: a cell failed; its row says why ({folder / 'results.md'})", err=True)
+        raise click.exceptions.Exit(1)
+
+
 def _exit_if_failed(measured: dict[str, Any], folder: Path) -> None:
     """Exit with 1 where a row failed. The result is printed already, so this sentence goes to stderr alone."""
     if any(row["status"] == "failed" for row in measured["rows"]):
@@ -439,7 +740,7 @@ def main() -> None:
 
 _stopped_by: list[int] = []
 """Signals that arrived and ask this process to end."""
-_STOPPED = "nothing half-written was left; prune and run continue with --resume"
+_STOPPED = "nothing half-written was left; prune and run continue with --resume, sweep by itself"
 
 
 def _stop(number: int, _: FrameType | None) -> None:

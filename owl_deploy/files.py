@@ -6,17 +6,21 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from owl_deploy.errors import OwlDeployError
 
-__all__ = ["file_sha256", "folder_bytes", "new_folder", "write_bytes", "write_json"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["file_sha256", "folder_bytes", "new_folder", "write_bytes", "write_json", "write_tensors"]
 
 
 @contextmanager
@@ -96,6 +100,44 @@ def write_bytes(path: Path, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    The library writes it straight to the disk: serialised in memory first it would take as much again.
+
+    Raises:
+        OwlDeployError: the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _disk_errors(path):
+        try:
+            try:
+                save_file(
+                    {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+                    temporary,
+                    metadata={"format": "pt"},
+                )
+            except SafetensorError as error:  # hides the number of the error
+                _raise_os_error(error)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _raise_os_error(error: Exception) -> None:
+    """Raise what a library's message says the system said."""
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None:
+        raise error
+    raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -106,6 +106,8 @@ def _pruned(
         out=path,
         seed=recipe.seed,
         threads=recipe.threads,
+        device=recipe.device,
+        max_memory=recipe.max_memory,
         resume=resume,
         force=True,
         offline=offline,

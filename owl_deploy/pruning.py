@@ -2,7 +2,7 @@
 
 In: a model name and `PruneSettings`. Out: a Hugging Face folder with zeros in place, `owl.json`
 (settings, data, sparsity asked and realised; the same bytes for the same work), `allocation.json`
-(the sparsities of the blocks, to be edited and used again) and `measured.json`
+(the sparsities of the blocks or linears, to be edited and used again) and `measured.json`
 (time and memory of this very run). What a method or an allocation computes is not known here.
 
 A finished block is a shard of the final checkpoint, written whole into a hidden sibling of the
@@ -13,43 +13,66 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save
-from torch import nn
+from safetensors.torch import load_file
 
-from owl_deploy import allocation
-from owl_deploy.allocation_file import load_allocation, save_allocation
-from owl_deploy.block_figures import FIGURE_NAMES, NEEDS_INPUTS, block_figures, dense_norms
+from owl_deploy.allocation_file import save_allocation
+from owl_deploy.block_pruning import prune_block_, statistic_kinds
 from owl_deploy.calibration import Calibration, calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.dense_inputs import dense_inputs
+from owl_deploy.devices import resolve_devices
 from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
-from owl_deploy.files import file_sha256, new_folder, write_bytes, write_json
-from owl_deploy.memory import peak_rss_bytes, release_free_memory, reset_peak_rss, rss_bytes
-from owl_deploy.methods import METHODS, Goal, Linear, Method, Pruned, magnitude
-from owl_deploy.observation import Observed, advance_, input_groups, observe
+from owl_deploy.files import new_folder, write_json, write_tensors
+from owl_deploy.footprint import Footprint, predict_footprint
+from owl_deploy.hessian_trace import hessian_traces
+from owl_deploy.layer_sparsities import (
+    LayerSparsities,
+    needs_dense_inputs,
+    needs_search,
+    needs_traces,
+    needs_tuning,
+    of_linears,
+    share_out,
+)
+from owl_deploy.level_search import search_levels
+from owl_deploy.memory import available_bytes, peak_rss_bytes, release_free_memory, reset_peak_rss, rss_bytes
+from owl_deploy.methods import METHODS
+from owl_deploy.observation import Observed
 from owl_deploy.pattern import parse_pattern
 from owl_deploy.progress import OnStep, Step, silent
+from owl_deploy.ramp_tuning import tune_slope
 from owl_deploy.recipe import PruneSettings
-from owl_deploy.refinement import InputMoments, dsnot
-from owl_deploy.skeleton import BlockInputs, Prunable, Skeleton, open_skeleton
-from owl_deploy.statistics import Hessian, InputStatistic, SquaredNorm
+from owl_deploy.replicas import Replicas
+from owl_deploy.skeleton import Skeleton, open_skeleton
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import versions
+from owl_deploy.work_folder import WorkFolder
 
-__all__ = ["SparsityReport", "mask_sha256", "predicted_peak_bytes", "prune", "prune_versions"]
+__all__ = [
+    "SparsityReport",
+    "allocate",
+    "are_states_on_disk",
+    "prune",
+    "prune_versions",
+    "refuse_misfits",
+    "write_allocation",
+]
 
 log = logging.getLogger(__name__)
+
+_TRACED_SEQUENCES, _TRACED_TOKENS = 16, 256
+"""Each sequence costs a double backward pass per probe, and its memory grows with the square of its length: 4.9 GiB at
+256 tokens of SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +105,8 @@ def prune(
     out: Path,
     seed: int = 0,
     threads: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    max_memory: int | None = None,
     resume: bool = False,
     force: bool = False,
     offline: bool = False,
@@ -89,9 +114,9 @@ def prune(
 ) -> SparsityReport:
     """Prune a model and write the sparse checkpoint.
 
-    Peak memory is about `predicted_peak_bytes`: embeddings, two blocks in float32, and the hidden
-    states of the calibration sequences (sampling `generated` text the first time holds the whole
-    model once).
+    Peak memory is about what `footprint.predict_footprint` says: a few copies of one block, and the hidden states of
+    the calibration sequences, or those on disk where they do not fit (sampling `generated` text the first time, and
+    Hutchinson traces, hold the whole model).
 
     Args:
         model: local folder, `.gguf` file, hub id or `demo:` name.
@@ -99,6 +124,8 @@ def prune(
         out: folder of the sparse checkpoint.
         seed: of the calibration samples.
         threads: torch threads; a resumed run must use as many, or sums could round differently.
+        device: where blocks are run, see `devices.resolve_devices`; masks are the same up to ties.
+        max_memory: bytes that resident memory is to stay below; None is what the machine has free.
         resume: continue a stopped run of the same model, data and settings.
         force: replace `out` if it exists.
         offline: never ask a hub.
@@ -113,75 +140,129 @@ def prune(
     n_threads = resolve_threads(threads).n
     torch.set_num_threads(n_threads)
     checkpoint = open_checkpoint(model, offline=offline)
-    skeleton = open_skeleton(checkpoint)
-    method = METHODS[settings.method]
-    _refuse_misfits(skeleton, settings, method)
-    needs_data = bool(_statistic_kinds(settings, method)) or settings.allocation in NEEDS_INPUTS
-    calibration = calibration_tokens(checkpoint, settings, seed=seed, on_step=on_step) if needs_data else None
+    devices = resolve_devices(device)
+    skeletons = [open_skeleton(checkpoint, device) for device in devices]
+    skeleton = skeletons[0]
+    refuse_misfits(skeleton, settings)
+    footprint = predict_footprint(skeleton, settings)
+    on_disk = are_states_on_disk(footprint, max_memory)
+    log.info("predicted peak memory: %s", footprint.describe(states_on_disk=on_disk))
+    calibration = None
+    if _needs_calibration(settings):
+        calibration = calibration_tokens(checkpoint, settings, seed=seed, on_step=on_step)
     gc.collect()  # sampling held the whole model
     release_free_memory()
     reset_peak_rss()
-    log.info("predicted peak memory: %.2f GiB", predicted_peak_bytes(skeleton, settings) / 2**30)
 
-    fingerprint = _fingerprint(checkpoint, settings, calibration, seed, n_threads)
-    work = _Work.open(out, fingerprint, resume=True) if resume else None
-    norms = None
-    if settings.allocation in NEEDS_INPUTS and calibration is not None:
-        norms = dense_norms(skeleton, calibration, on_step, n_threads=n_threads)
-    figures = block_figures(skeleton, settings, norms, on_step) if settings.allocation in FIGURE_NAMES else None
-    sparsities = _allocate(settings, skeleton.n_weights(), figures)
+    fingerprint = {
+        **_fingerprint(checkpoint, settings, calibration, seed, n_threads),
+        "device": ",".join(device.type for device in devices),
+    }
+    work = WorkFolder.open(out, fingerprint, resume=True) if resume else None
+    folder = None
+    if on_disk:
+        folder = out.parent
+        folder.mkdir(parents=True, exist_ok=True)
+    seen = None
+    if calibration is not None and needs_dense_inputs(settings):
+        seen = dense_inputs(skeletons, calibration, on_step, n_threads=n_threads, folder=folder)
+    sparsities = allocate(skeletons, settings, calibration, seen, seed, n_threads, folder, on_step)
     if work is None:  # only now: an allocation that refuses the model leaves nothing behind
-        work = _Work.open(out, fingerprint, resume=False)
-    _prune_blocks(skeleton, settings, method, calibration, sparsities, norms, work, on_step)
-    facts = _facts(skeleton, settings, calibration, seed, figures, sparsities, work)
-    skeleton.model.to("meta")  # what is left of it, the embedding, is read anew for the final file
+        work = WorkFolder.open(out, fingerprint, resume=False)
+    _prune_blocks(skeletons, settings, calibration, sparsities, seen, folder, work, on_step)
+    facts = _facts(skeleton, settings, calibration, seed, sparsities, work)
+    skeleton.model.to("meta")
     release_free_memory()
-    totals = _finish(skeleton, work, out, facts, started)
+    totals = _finish(skeleton, sparsities, work, out, facts, started)
+    log.info("measured peak memory: %.2f GiB", totals["peak_rss_bytes"] / 2**30)
+    if max_memory is not None and totals["peak_rss_bytes"] > max_memory:
+        log.warning(
+            "peak memory was %.2f GiB, above the %.2f GiB promised: the prediction is at fault, please report it",
+            totals["peak_rss_bytes"] / 2**30,
+            max_memory / 2**30,
+        )
     return SparsityReport(out, facts, totals["seconds"], totals["peak_rss_bytes"])
 
 
-def predicted_peak_bytes(skeleton: Skeleton, settings: PruneSettings) -> int:
-    """Predict peak resident memory in bytes: what is held now, and the larger of pruning and finishing."""
-    outside = sum(
-        p.numel() for name, p in skeleton.model.named_parameters() if not name.startswith(f"{skeleton.prefix}.")
+def allocate(
+    skeletons: Sequence[Skeleton],
+    settings: PruneSettings,
+    calibration: Calibration | None,
+    seen: list[dict[str, Observed]] | None,
+    seed: int,
+    n_threads: int,
+    folder: Path | None,
+    on_step: OnStep,
+) -> LayerSparsities:
+    """Find out what the allocation needs to know, and share out the target.
+
+    Args:
+        skeletons: of the dense model, one per device.
+        settings: of the stage.
+        calibration: where `_needs_calibration`.
+        seen: of `dense_inputs`, where the allocation needs it.
+        seed: of random probes, and of a search.
+        n_threads: of torch.
+        folder: for hidden states, where they are to be on disk.
+        on_step: told of every block.
+
+    Raises:
+        OwlDeployError: and its subclasses.
+    """
+    skeleton = skeletons[0]
+    traces, tuned = None, None
+    if calibration is not None and needs_traces(settings):
+        tokens = torch.from_numpy(calibration.tokens[:_TRACED_SEQUENCES, :_TRACED_TOKENS])
+        found = hessian_traces(
+            skeleton.checkpoint,
+            skeleton,
+            tokens,
+            n_probes=settings.isc_probes,
+            seed=seed,
+            threads=n_threads,
+            on_step=on_step,
+        )
+        traces = {name: trace.mean for name, trace in found.items()}
+    if calibration is not None and needs_tuning(settings):
+        tuned = tune_slope(skeletons, settings, calibration, on_step, n_threads=n_threads, folder=folder)
+        settings = settings.model_copy(update={"ramp_slope": tuned.slope})
+    if calibration is not None and needs_search(settings):
+        at_start = settings.model_copy(update={"allocation": settings.evopress_start})
+        start = share_out(skeleton, at_start, seen, None, on_step).goals
+        searched = search_levels(
+            skeletons, settings, start, calibration, seen, on_step, seed=seed, n_threads=n_threads, folder=folder
+        )
+        return replace(of_linears(skeleton, settings, searched.sparsities), tuning=searched.facts)
+    shared = share_out(skeleton, settings, seen, traces, on_step)
+    return shared if tuned is None else replace(shared, tuning=asdict(tuned))
+
+
+def _needs_calibration(settings: PruneSettings) -> bool:
+    return bool(statistic_kinds(settings)) or any(
+        needs(settings) for needs in (needs_dense_inputs, needs_traces, needs_tuning, needs_search)
     )
-    blocks = [sum(p.numel() for p in block.parameters()) for block in skeleton.blocks]
-    largest_linear = max(
-        linear.weight.numel() for i in range(len(skeleton.blocks)) for linear in skeleton.linears(i).values()
-    )
-    hidden: int = skeleton.model.config.hidden_size
-    widest: int = max(linear.out_features for linear in skeleton.linears(0).values())
-    activations = settings.n_samples * settings.seq_len * hidden + 8 * settings.seq_len * widest
-    # A block is held by the model, as read and as serialised; what lies outside the blocks as read and
-    # by the model, and at the end as read and two to three times by the serialiser. Selection holds the
-    # score (4 bytes), its sorted copy (4), the order (8) and the mask (1) of one matrix.
-    method = METHODS[settings.method]
-    # A Hessian per group of linears with the same inputs, and for the largest its inverse, damped copy and factor.
-    hessians = 0
-    if method.new_statistic is Hessian:
-        sides = {(linear.mlp, linear.in_features, linear.role == "down") for linear in skeleton.linears(0).values()}
-        hessians = sum(side**2 for _, side, _ in sides) + 5 * max(side for _, side, _ in sides) ** 2
-    while_pruning: int = 4 * (2 * outside + 3 * max(blocks) + activations + hessians) + 17 * largest_linear
-    while_finishing: int = 4 * 4 * outside
-    return rss_bytes() + max(while_pruning, while_finishing)
+
+
+def are_states_on_disk(footprint: Footprint, max_memory: int | None) -> bool:
+    """Decide where hidden states are, before any work.
+
+    Raises:
+        RecipeError: not even with hidden states on disk is `max_memory` enough.
+    """
+    limit = available_bytes() + rss_bytes() if max_memory is None else max_memory
+    if footprint.peak(states_on_disk=False) <= limit:
+        return False
+    if max_memory is not None and footprint.peak(states_on_disk=True) > limit:
+        raise RecipeError(
+            f"max_memory {max_memory / 2**30:.2f} GiB is not enough: even with hidden states on disk this needs "
+            f"{footprint.describe(states_on_disk=True)}"
+        )
+    return True
 
 
 def prune_versions() -> dict[str, str]:
     """Return the versions that a sparse checkpoint depends on."""
     return versions("torch", "transformers", "safetensors")
-
-
-def mask_sha256(masks: dict[str, torch.Tensor]) -> str:
-    """Return one hash of where weights are kept: names, shapes and packed bits, in order.
-
-    Args:
-        masks: linear name -> bool (out, in), True = kept.
-    """
-    digest = hashlib.sha256()
-    for name, mask in masks.items():
-        digest.update(f"{name} {tuple(mask.shape)}\n".encode())
-        digest.update(np.packbits(mask.numpy()).tobytes())
-    return digest.hexdigest()
 
 
 def _fingerprint(
@@ -198,63 +279,14 @@ def _fingerprint(
     }
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The hidden folder in which the checkpoint grows, block by block."""
+def refuse_misfits(skeleton: Skeleton, settings: PruneSettings) -> None:
+    """Refuse settings that this model cannot have, before any work.
 
-    folder: Path
-
-    @classmethod
-    def open(cls, out: Path, fingerprint: dict[str, Any], *, resume: bool) -> _Work:
-        """Start afresh, or continue a folder of the same fingerprint.
-
-        Raises:
-            RecipeError: the folder was begun with other settings, data or model; the first difference is named.
-        """
-        folder = out.with_name(f".{out.name}.partial")
-        work = cls(folder)
-        before = work.load("fingerprint.json") if resume else None
-        if isinstance(before, dict):
-            for key in (*fingerprint, *before):
-                if fingerprint.get(key) != before.get(key):
-                    raise RecipeError(
-                        f"cannot resume {out}: {key} was {before.get(key)!r} and is now {fingerprint.get(key)!r}; "
-                        "set it back, or start anew without --resume"
-                    )
-            return work
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(folder / "fingerprint.json", fingerprint)
-        return work
-
-    def load(self, name: str) -> Any:
-        """Return a JSON file of the folder, or None where it is not there or damaged: it is then made anew."""
-        try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            log.warning("%s is damaged and made anew: %s", self.folder / name, error)
-            return None
-
-    def is_finished(self, index: int) -> bool:
-        """Return whether a block's record and its shard are there and undamaged."""
-        record = self.load(f"block-{index:05d}.json")
-        if not isinstance(record, dict) or not {"linears", "measured", "shard_sha256"} <= record.keys():
-            return False
-        shard = self.shard(index)
-        if not shard.is_file() or file_sha256(shard) != record["shard_sha256"]:
-            log.warning("%s is missing or damaged and made anew", shard)
-            return False
-        return True
-
-    def shard(self, index: int) -> Path:
-        """Return the file of a block's weights."""
-        return self.folder / f"block-{index:05d}.safetensors"
-
-
-def _refuse_misfits(skeleton: Skeleton, settings: PruneSettings, method: Method) -> None:
-    """Refuse settings that this model cannot have, before any work."""
+    Raises:
+        RecipeError: a pattern does not divide the inputs of a linear.
+        UnsupportedModelError: the method needs a part that the model does not have.
+    """
+    method = METHODS[settings.method]
     linears = {name: linear for i in range(len(skeleton.blocks)) for name, linear in skeleton.linears(i).items()}
     pattern = parse_pattern(settings.pattern)
     for name, linear in linears.items():
@@ -266,173 +298,48 @@ def _refuse_misfits(skeleton: Skeleton, settings: PruneSettings, method: Method)
         )
 
 
-def _statistic_kinds(settings: PruneSettings, method: Method) -> tuple[Callable[[int], InputStatistic], ...]:
-    """Return what must be known of the inputs of a linear: for the method first, then for the refinement."""
-    kinds: list[Callable[[int], InputStatistic]] = []
-    if method.new_statistic is not None:
-        kinds.append(method.new_statistic)
-    if settings.refine == "dsnot":
-        kinds.append(InputMoments)
-    return tuple(kinds)
-
-
-def _allocate(settings: PruneSettings, n_weights: list[int], figures: list[float] | None) -> list[float]:
-    """Return one sparsity per block."""
-    target = settings.sparsity
-    if settings.allocation.startswith("file:"):
-        return load_allocation(Path(settings.allocation.removeprefix("file:")), n_weights, target)
-    if settings.allocation == "ramp":
-        slope = settings.ramp_slope
-        if slope is None:
-            slope = allocation.largest_slope(len(n_weights), target) / 2
-        return allocation.ramp(n_weights, target, slope=slope)
-    if figures is None:
-        return allocation.uniform(n_weights, target)
-    if settings.allocation == "owl":
-        return allocation.owl(figures, n_weights, target, owl_lambda=settings.owl_lambda)
-    if settings.allocation == "dlp":
-        return allocation.dlp(figures, n_weights, target, alpha=settings.dlp_alpha)
-    if settings.allocation == "isc":
-        return allocation.isc(figures, n_weights, target, half_width=settings.isc_half_width)
-    return allocation.alphapruning(figures, n_weights, target, epsilon=settings.alpha_epsilon)
-
-
 def _prune_blocks(
-    skeleton: Skeleton,
+    skeletons: Sequence[Skeleton],
     settings: PruneSettings,
-    method: Method,
     calibration: Calibration | None,
-    sparsities: list[float],
-    norms: list[dict[str, SquaredNorm]] | None,
-    work: _Work,
+    sparsities: LayerSparsities,
+    seen: list[dict[str, Observed]] | None,
+    folder: Path | None,
+    work: WorkFolder,
     on_step: OnStep,
 ) -> None:
     """Prune block after block; the statistics of each see the pruned blocks before it."""
-    inputs = None
-    if _statistic_kinds(settings, method) and calibration is not None:
-        inputs = skeleton.capture(torch.from_numpy(calibration.tokens))
-    for index, sparsity in enumerate(sparsities):
+    skeleton, replicas = skeletons[0], None
+    if statistic_kinds(settings) and calibration is not None:
+        replicas = Replicas.capture(skeletons, torch.from_numpy(calibration.tokens), folder=folder)
+    n_blocks = len(skeleton.blocks)
+    for index, sparsity in enumerate(sparsities.blocks):
         started = time.perf_counter()
-        shard = work.shard(index)
         is_done = work.is_finished(index)
-        with skeleton.filled(index) as block:
-            if not is_done:
+        names = skeleton.block_tensors(index)
+        dtypes = {parameter: skeleton.checkpoint.dtype(tensor) for parameter, tensor in names.items()}
+        with replicas.filled(index) if replicas is not None else skeleton.filled(index) as block:
+            if is_done and replicas is not None:
+                _fill_from_shard_(skeleton, index, work.shard(index))
+            elif not is_done:
                 # The inputs of block 0 are those of the dense model: what the allocation saw of them will do.
-                known = norms[0] if norms is not None and index == 0 else {}
-                goal = Goal(sparsity, parse_pattern(settings.pattern))
-                linears = _prune_block_(skeleton, settings, method, block, index, inputs, known, goal, shard)
-            elif inputs is not None:
-                _fill_from_shard_(skeleton, index, shard)
-            if inputs is not None and index + 1 < len(sparsities):
-                advance_(block, inputs, index)
+                known = seen[0] if seen is not None and index == 0 else None
+                goals = sparsities.goals[index]
+                linears = prune_block_(skeleton, settings, index, replicas, known, goals, dtypes)
+                prefix = f"{skeleton.prefix}.{index}."
+                write_tensors(
+                    work.shard(index),
+                    {
+                        tensor: block.get_parameter(parameter.removeprefix(prefix)).detach().to(dtypes[parameter])
+                        for parameter, tensor in names.items()
+                    },
+                )
+            if replicas is not None and index + 1 < n_blocks:
+                replicas.advance_(index)
         if not is_done:
-            timing = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-            record = {"linears": linears, "measured": timing, "shard_sha256": file_sha256(shard)}
-            write_json(work.folder / f"block-{index:05d}.json", record)
-        on_step(
-            Step("pruning blocks", index + 1, len(sparsities), f"{'kept' if is_done else 'sparsity'} {sparsity:.3f}")
-        )
-
-
-def _prune_block_(
-    skeleton: Skeleton,
-    settings: PruneSettings,
-    method: Method,
-    block: nn.Module,
-    index: int,
-    inputs: BlockInputs | None,
-    known: dict[str, SquaredNorm],
-    goal: Goal,
-    shard: Path,
-) -> list[dict[str, Any]]:
-    """Prune the linears of a filled block in place, write its shard, and return the facts of each linear."""
-    linears = skeleton.linears(index)
-    kinds = _statistic_kinds(settings, method)
-    groups = [tuple(linears)]
-    if inputs is not None:
-        groups = input_groups(block, inputs, index, linears)
-    names = skeleton.block_tensors(index)
-    dtypes = {parameter: skeleton.checkpoint.read(tensor).dtype for parameter, tensor in names.items()}
-    facts: dict[str, dict[str, Any]] = {}
-    # All groups see the dense block, or, true-sequentially, each one the pruned groups before it.
-    for stage in [[group] for group in groups] if settings.true_sequential else [groups]:
-        observed: dict[str, Observed] = {}
-        if inputs is not None:
-            if kinds == (SquaredNorm,) and known and not settings.true_sequential:
-                observed = {name: Observed((norm,), n_tokens=-1) for name, norm in known.items()}
-            else:
-                observed = observe(block, inputs, index, linears, stage, kinds)
-        neurons = _neurons(linears, observed) if method.needs_neurons else {}
-        for name in (name for group in stage for name in group):
-            linear = linears[name]
-            pruned = _prune_linear(name, linear, settings, method, observed.get(name), neurons.get(linear.mlp), goal)
-            weight = pruned.weight.to(dtypes[linear.parameter])
-            linear.set_(weight)  # later blocks see what the file holds, rounding included
-            facts[name] = _linear_facts(name, linear, weight, goal, pruned.notes)
-    prefix = f"{skeleton.prefix}.{index}."
-    tensors = {
-        tensor: block.get_parameter(parameter.removeprefix(prefix)).detach().to(dtypes[parameter]).contiguous()
-        for parameter, tensor in names.items()
-    }
-    write_bytes(shard, save(tensors, metadata={"format": "pt"}))
-    return [facts[name] for name in linears]
-
-
-def _neurons(linears: dict[str, Prunable], observed: dict[str, Observed]) -> dict[str | None, SquaredNorm]:
-    """Return what was seen of the inputs of the down projection of every gated MLP."""
-    found: dict[str | None, SquaredNorm] = {}
-    for name, linear in linears.items():
-        if linear.role == "down" and name in observed:
-            norm = observed[name].statistics[0]
-            assert isinstance(norm, SquaredNorm)
-            found[linear.mlp] = norm
-    return found
-
-
-def _prune_linear(
-    name: str,
-    linear: Prunable,
-    settings: PruneSettings,
-    method: Method,
-    observed: Observed | None,
-    neurons: SquaredNorm | None,
-    goal: Goal,
-) -> Pruned:
-    """Prune one linear; an expert that saw too few tokens by magnitude, which is noted."""
-    weight = linear.weight.float()
-    if observed is not None and 0 <= observed.n_tokens < max(1, settings.min_expert_tokens if linear.is_expert else 1):
-        by_magnitude = magnitude.prune(Linear(name, weight), goal)
-        return Pruned(by_magnitude.weight, {"fallback": "magnitude", "n_tokens": observed.n_tokens})
-    options = {option: getattr(settings, option) for option in method.options}
-    statistic = observed.statistics[0] if observed is not None and method.new_statistic is not None else None
-    role = linear.role if neurons is not None or linear.role == "other" else "other"
-    pruned = method.prune(Linear(name, weight, statistic, role, neurons), goal, **options)
-    if settings.refine == "dsnot" and observed is not None:
-        moments = observed.statistics[-1]
-        assert isinstance(moments, InputMoments)
-        mask = dsnot(weight, pruned.weight != 0, moments, goal)
-        # Dense values: an update of the kept weights was made for another mask.
-        n_swapped = int((mask & (pruned.weight == 0)).sum())
-        pruned = Pruned(torch.where(mask, weight, 0.0), {**pruned.notes, "n_swapped": n_swapped})
-    return pruned
-
-
-def _linear_facts(
-    name: str, linear: Prunable, weight: torch.Tensor, goal: Goal, notes: dict[str, Any]
-) -> dict[str, Any]:
-    """Return what owl.json says of a pruned linear; zeros are counted in the type that is stored."""
-    kept = weight != 0
-    n_zeros = kept.numel() - int(kept.sum())
-    return {
-        "name": name,
-        "shape": list(weight.shape),
-        "asked": goal.pattern.sparsity if goal.pattern else goal.sparsity,
-        "sparsity": n_zeros / kept.numel(),
-        "n_zeros": n_zeros,
-        "mask_sha256": mask_sha256({name: kept}),
-        **({"role": linear.role} if linear.role != "other" else {}),
-        **({"notes": notes} if notes else {}),
-    }
+            seconds = round(time.perf_counter() - started, 3)
+            work.finish(index, linears=linears, measured={"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})
+        on_step(Step("pruning blocks", index + 1, n_blocks, f"{'kept' if is_done else 'sparsity'} {sparsity:.3f}"))
 
 
 def _fill_from_shard_(skeleton: Skeleton, index: int, shard: Path) -> None:
@@ -448,13 +355,12 @@ def _facts(
     settings: PruneSettings,
     calibration: Calibration | None,
     seed: int,
-    figures: list[float] | None,
-    sparsities: list[float],
-    work: _Work,
+    sparsities: LayerSparsities,
+    work: WorkFolder,
 ) -> dict[str, Any]:
     """Return the content of owl.json: the same for the same work, whenever and however often it was stopped."""
     checkpoint = skeleton.checkpoint
-    per_block = [work.load(f"block-{index:05d}.json")["linears"] for index in range(len(sparsities))]
+    per_block = [work.record(index)["linears"] for index in range(len(sparsities.blocks))]
     linears = [fact for facts in per_block for fact in facts]
     n_zeros = sum(fact["n_zeros"] for fact in linears)
     n_pruned_weights = sum(skeleton.n_weights())
@@ -468,9 +374,9 @@ def _facts(
             "sparsity": sparsity,
             "realised": sum(fact["n_zeros"] for fact in facts)
             / sum(fact["shape"][0] * fact["shape"][1] for fact in facts),
-            **({FIGURE_NAMES[settings.allocation]: figures[index]} if figures is not None else {}),
+            **sparsities.figures_of_block(index),
         }
-        for index, (sparsity, facts) in enumerate(zip(sparsities, per_block, strict=True))
+        for index, (sparsity, facts) in enumerate(zip(sparsities.blocks, per_block, strict=True))
     ]
     return {
         "kind": "checkpoint",
@@ -485,23 +391,27 @@ def _facts(
             "model": n_zeros / n_parameters,
             **({"mlp": mlp_zeros / mlp_size} if mlp_size else {}),
         },
+        **({settings.allocation: sparsities.tuning} if sparsities.tuning else {}),
         "blocks": blocks,
         "linears": linears,
         "mask_sha256": hashlib.sha256("".join(fact["mask_sha256"] for fact in linears).encode()).hexdigest(),
     }
 
 
-def _finish(skeleton: Skeleton, work: _Work, out: Path, facts: dict[str, Any], started: float) -> dict[str, Any]:
+def _finish(
+    skeleton: Skeleton, sparsities: LayerSparsities, work: WorkFolder, out: Path, facts: dict[str, Any], started: float
+) -> dict[str, Any]:
     """Gather shards, the tensors outside the blocks, configuration and tokenizer; return time and memory."""
     checkpoint = skeleton.checkpoint
     n_blocks = len(skeleton.blocks)
     in_blocks = {tensor for index in range(n_blocks) for tensor in skeleton.block_tensors(index).values()}
     with new_folder(out, replace=True) as folder:
         weight_map: dict[str, str] = {}
-        outside = {name: checkpoint.read(name).contiguous() for name in checkpoint.tensors if name not in in_blocks}
+        outside = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in in_blocks}
         first = f"model-{1:05d}-of-{n_blocks + 1:05d}.safetensors"
-        write_bytes(folder / first, save(outside, metadata={"format": "pt"}))
+        write_tensors(folder / first, outside)
         weight_map |= dict.fromkeys(outside, first)
+        del outside
         for index in range(n_blocks):
             name = f"model-{index + 2:05d}-of-{n_blocks + 1:05d}.safetensors"
             _link(work.shard(index), folder / name)
@@ -518,12 +428,21 @@ def _finish(skeleton: Skeleton, work: _Work, out: Path, facts: dict[str, Any], s
             ):
                 shutil.copyfile(file, folder / file.name)
         write_json(folder / "owl.json", facts)
-        save_allocation(folder / "allocation.json", [block["sparsity"] for block in facts["blocks"]])
-        measured = [work.load(f"block-{index:05d}.json")["measured"] for index in range(n_blocks)]
+        write_allocation(folder / "allocation.json", sparsities)
+        measured = [work.record(index)["measured"] for index in range(n_blocks)]
         totals = {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
         write_json(folder / "measured.json", {**totals, "blocks": measured})
-    shutil.rmtree(work.folder, ignore_errors=True)
+    work.remove()
     return totals
+
+
+def write_allocation(path: Path, sparsities: LayerSparsities) -> None:
+    """Write what was asked, by block or by linear, as `--allocation file:PATH` takes it."""
+    if sparsities.is_by_linear:
+        of_linear = {name: goal.sparsity for block in sparsities.goals for name, goal in block.items()}
+        save_allocation(path, list(of_linear.values()), names=list(of_linear))
+    else:
+        save_allocation(path, sparsities.blocks)
 
 
 def _link(source: Path, target: Path) -> None:

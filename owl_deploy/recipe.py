@@ -8,20 +8,30 @@ here once; the command line shows them and overrides them.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
-from owl_deploy.errors import RecipeError
+from owl_deploy.errors import RecipeError, shown
 from owl_deploy.pattern import parse_pattern
 
 __all__ = [
     "ArtifactSettings",
     "BenchSettings",
+    "DepthSettings",
     "EvalSettings",
     "ExportSettings",
     "Precision",
@@ -29,7 +39,10 @@ __all__ = [
     "Recipe",
     "Settings",
     "SettingsT",
+    "StructureSettings",
+    "SweepSettings",
     "checked",
+    "expanded_grid",
     "load_recipe",
     "recipe_from_mapping",
 ]
@@ -50,7 +63,7 @@ def _is_sparsity(value: float) -> float:
     return value
 
 
-_ALLOCATIONS = ("uniform", "owl", "dlp", "alphapruning", "isc", "ramp")
+_ALLOCATIONS = ("uniform", "owl", "dlp", "alphapruning", "isc", "ramp", "evopress")
 
 
 def _is_allocation(value: str) -> str:
@@ -84,7 +97,10 @@ class PruneSettings(Settings):
     kept weights have their dense values then, whatever the method made of them)."""
     allocation: Annotated[str, AfterValidator(_is_allocation)] = "owl"
     """How the target is shared among decoder blocks: uniform, owl (outliers), dlp (median scores), alphapruning
-    (spectra, no data), isc (ranked sensitivities), ramp (arithmetic, by depth) or file:PATH."""
+    (spectra, no data), isc (ranked sensitivities), ramp (arithmetic, by depth), evopress (searched, a sparsity for
+    every linear; the whole model is in memory for that) or file:PATH."""
+    allocation_per: Literal["block", "linear"] = "block"
+    """Whether all linears of a block get one sparsity, or each its own (owl, dlp, alphapruning, isc)."""
     sparsity: Sparsity = 0.7
     """Target: zeros over elements of all pruned linears together, 0 <= sparsity < 1."""
     pattern: Annotated[str, AfterValidator(_is_pattern)] = "unstructured"
@@ -93,14 +109,38 @@ class PruneSettings(Settings):
     """owl: a score is an outlier above owl_m times the mean score of its block."""
     owl_lambda: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.08
     """owl: half the spread of the block sparsities around the target."""
+    owl_pattern_spread: Annotated[float, Field(ge=0, le=8), AfterValidator(_is_finite)] = 2.0
+    """owl with a pattern "keep N of 8": difference of kept weights between the extreme blocks, before rounding."""
     dlp_alpha: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.15
     """dlp: half the spread of the block sparsities around the target."""
     alpha_epsilon: Annotated[float, Field(ge=0, lt=1), AfterValidator(_is_finite)] = 0.3
     """alphapruning: sparsities are in the proportion (1 - epsilon) to (1 + epsilon)."""
+    alpha_estimator: Literal["peak", "mid"] = "peak"
+    """alphapruning: where the tail of a spectrum starts; peak (by Kolmogorov-Smirnov distance) or mid (its upper
+    half, steadier on small matrices)."""
+    alpha_aspect_ratio: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = None
+    """alphapruning: take spectra of windows of this aspect ratio, so that shapes do not matter (FARMS uses 1)."""
     isc_half_width: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] = 0.1
     """isc allocation: largest deviation from the target."""
+    isc_sensitivity: Literal["layerwise", "hutchinson"] = "layerwise"
+    """isc allocation: trace of the Hessian of each linear's own output error (cheap), or of the loss of the whole
+    model, which is in memory for that."""
+    isc_probes: Annotated[int, Field(ge=1, le=1000)] = 4
+    """isc allocation, hutchinson: random probes per trace."""
     ramp_slope: Annotated[float, Field(ge=0, lt=0.5), AfterValidator(_is_finite)] | None = None
-    """ramp: by how much each block is sparser than the one before; half of what fits when not given."""
+    """ramp: by how much each block is sparser than the one before; tuned on calibration text when not given."""
+    evopress_start: Literal["uniform", "owl"] = "uniform"
+    """evopress: the allocation that the search starts from; the result is never worse on the searched tokens."""
+    evopress_generations: Annotated[int, Field(ge=0)] = 400
+    """evopress: most generations; the search ends earlier when its time is up."""
+    evopress_budget_seconds: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = 600.0
+    """evopress: time of the search; None leaves it to the generations, so that a faster machine finds the same."""
+    evopress_offspring: Annotated[int, Field(ge=1)] = 8
+    """evopress: candidates per generation."""
+    evopress_tokens: Annotated[int, Field(ge=2)] = 2048
+    """evopress: calibration tokens on which the fittest of a generation is compared with its parent."""
+    evopress_step: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.05
+    """evopress: weights that a linear gains or loses in one step, as a share of the mean linear's."""
     block_size: Annotated[int, Field(ge=1)] = 128
     """sparsegpt, isc: columns after which their errors are passed on to the others."""
     dampening: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.01
@@ -138,16 +178,96 @@ class PruneSettings(Settings):
             raise ValueError(
                 "dass scores gate and up by the inputs of down, which come later: not with true_sequential"
             )
+        if self.allocation_per == "linear" and self.allocation == "evopress":
+            raise ValueError("allocation evopress is by linear always: leave allocation_per out")
+        if self.allocation_per == "linear" and self.allocation not in ("owl", "dlp", "alphapruning", "isc"):
+            raise ValueError(f"allocation {self.allocation} knows no linears: use allocation_per block")
         pattern = parse_pattern(self.pattern)
         if pattern is None:
             return self
         if abs(self.sparsity - pattern.sparsity) > 1e-9:
             raise ValueError(f"pattern {pattern} has sparsity {pattern.sparsity:g}, got sparsity {self.sparsity:g}")
-        if self.allocation != "uniform":
-            raise ValueError(f"pattern {pattern} leaves nothing to share out: use allocation uniform")
+        if self.allocation == "owl" and pattern.of == 8:
+            if self.allocation_per == "linear":
+                raise ValueError("owl shares out patterns among blocks: use allocation_per block")
+        elif self.allocation != "uniform":
+            raise ValueError(
+                f"pattern {pattern} leaves nothing to share out: use allocation uniform, or owl with groups of 8"
+            )
         if self.method == "dass":
             raise ValueError("dass compares whole columns of gate and up, which no pattern along the inputs can follow")
         return self
+
+
+class DepthSettings(Settings):
+    """Which decoder blocks the `depth` stage removes."""
+
+    n_blocks: Annotated[int, Field(ge=1)]
+    """Decoder blocks to remove."""
+    method: Literal["shortgpt", "shortened", "tail"] = "shortgpt"
+    """Which go: shortgpt (those that turn the hidden states least), shortened (those without which the loss rises
+    least, by criterion) or tail (the last ones, no data)."""
+    criterion: Literal["perplexity", "taylor"] = "perplexity"
+    """shortened: perplexity of the model without the block, or taylor (weights times gradients; holds the whole model
+    and its gradients in memory)."""
+    protect_first: Annotated[int, Field(ge=0)] = 4
+    """shortened: so many of the first blocks stay."""
+    protect_last: Annotated[int, Field(ge=0)] = 2
+    """shortened: so many of the last blocks stay."""
+    calibration: str = "generated"
+    """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
+    n_samples: Annotated[int, Field(ge=1)] = 32
+    """Calibration sequences."""
+    seq_len: Annotated[int, Field(ge=2)] = 512
+    """Tokens per calibration sequence."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> DepthSettings:
+        for name in ("criterion", "protect_first", "protect_last"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.method != "shortened" and value != default:
+                raise ValueError(f"{name} {value} needs method shortened, got method {self.method}")
+        return self
+
+
+class StructureSettings(Settings):
+    """Which attention heads and MLP channels the `structure` stage removes; the same number in every block."""
+
+    heads_kept: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 1.0
+    """Share of attention heads that stays, in whole groups: a key/value head with all query heads that share it;
+    at least one group."""
+    channels_kept: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.8
+    """Share of MLP channels (rows of gate and up, columns of down) that stays."""
+    channel_multiple: Annotated[int, Field(ge=1)] = 16
+    """The number of channels kept is rounded to the nearest multiple of this."""
+    n_steps: Annotated[int, Field(ge=0)] = 200
+    """Steps of the search; 0 keeps what the metric alone keeps."""
+    budget_seconds: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = None
+    """The search ends after this time (plus at most one step), however many steps were done."""
+    n_masks: Annotated[int, Field(ge=2)] = 2
+    """Masks drawn in every step; each costs a forward pass over the batch."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Calibration sequences in every step."""
+    learning_rate: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 0.1
+    """How far a step moves the logits of removal, for a mask of ordinary advantage."""
+    sharpness: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 4.0
+    """How near the first masks drawn are to what the metric keeps."""
+    baseline_window: Annotated[int, Field(ge=1)] = 5
+    """Window of the moving averages that losses are compared with, in steps."""
+    check_every: Annotated[int, Field(ge=1)] = 20
+    """Steps after which the most probable heads and channels are tried on the held-out sequences."""
+    held_out: Annotated[float, Field(gt=0, lt=1), AfterValidator(_is_finite)] = 0.25
+    """Share of the calibration sequences that only judge the result, at least one."""
+    calibration: str = "generated"
+    """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
+    n_samples: Annotated[int, Field(ge=2)] = 64
+    """Calibration sequences, those held out included."""
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    """Tokens per calibration sequence."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
 
 
 class EvalSettings(Settings):
@@ -230,6 +350,70 @@ class RecipeBenchSettings(BenchSettings):
     """Name of the artifact that the others are compared with."""
 
 
+_MAX_CELLS = 10_000
+"""A slip in a grid should be a sentence, not weeks of work."""
+
+
+def _as_list(value: Any) -> Any:
+    """Let one value stand for a list of one."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _has_known_keys(block: dict[str, Any]) -> dict[str, Any]:
+    for key in block:
+        if key not in PruneSettings.model_fields:
+            raise ValueError(f"unknown key {shown(key)}{_nearest(str(key), list(PruneSettings.model_fields))}")
+    return block
+
+
+def _is_not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("must not be empty")
+    return values
+
+
+Choices = Annotated[tuple[Any, ...], BeforeValidator(_as_list), AfterValidator(_is_not_empty)]
+GridBlock = Annotated[dict[str, Choices], AfterValidator(_has_known_keys)]
+
+
+class SweepSettings(Settings):
+    """A grid of pruned checkpoints, each measured for quality."""
+
+    grid: Annotated[tuple[GridBlock, ...], AfterValidator(_is_not_empty)]
+    """Blocks of cells. A block is the product of its lists; its keys are those of `prune`, which it overrides."""
+    evals: tuple[EvalSettings, ...] = ()
+    """Texts on which every cell is measured; the recipe's `eval` when none is given."""
+    keep_checkpoints: bool = False
+    """Whether the checkpoint of a cell stays after it was measured; each is as large as the model."""
+
+
+def expanded_grid(prune: PruneSettings, sweep: SweepSettings) -> list[PruneSettings]:
+    """Return the settings of every cell, block after block, each one once.
+
+    Args:
+        prune: what all cells share.
+        sweep: its grid; the last list of a block runs fastest.
+
+    Raises:
+        RecipeError: the settings of a cell are impossible, or there are more than 10 000.
+    """
+    n_cells = sum(math.prod(len(values) for values in block.values()) for block in sweep.grid)
+    if n_cells > _MAX_CELLS:
+        raise RecipeError(f"sweep.grid has {n_cells} cells, and at most {_MAX_CELLS} are made: shorten its lists")
+    shared = prune.model_dump(mode="json", exclude_unset=True)
+    cells: list[PruneSettings] = []
+    seen: set[str] = set()
+    for index, block in enumerate(sweep.grid):
+        for values in itertools.product(*block.values()):
+            chosen = dict(zip(block, values, strict=True))
+            where = f"sweep.grid.{index} with {', '.join(f'{key} {shown(value)}' for key, value in chosen.items())}"
+            cell = checked(PruneSettings, {**shared, **chosen}, where=where)
+            if (key := cell.model_dump_json()) not in seen:
+                seen.add(key)
+                cells.append(cell)
+    return cells
+
+
 class Recipe(Settings):
     """All stages of one run."""
 
@@ -239,10 +423,16 @@ class Recipe(Settings):
     """Seed of everything random: calibration samples, generated text, bootstrap."""
     threads: Threads = "auto"
     """Threads of torch and of the engines; auto is what affinity and cgroup quota allow."""
+    device: str = "auto"
+    """Where blocks are pruned: auto (all accelerators, else the CPU), cpu, or names such as cuda:0,cuda:1."""
+    max_memory: Annotated[ByteSize, Field(gt=0)] | None = None
+    """What pruning may take of memory, such as 6GiB; what cannot be done in it is refused before work starts."""
     prune: PruneSettings = PruneSettings()
     export: tuple[ArtifactSettings, ...] = ()
     eval: EvalSettings = EvalSettings()
     bench: RecipeBenchSettings | None = None
+    sweep: SweepSettings | None = None
+    """What `owl-deploy sweep` makes; `run` does not read it."""
 
     @model_validator(mode="after")
     def _names_fit(self) -> Recipe:
@@ -252,6 +442,15 @@ class Recipe(Settings):
             raise ValueError(f"export: two artifacts are named {twice[0]}")
         if self.bench is not None and self.bench.baseline not in names:
             raise ValueError(f"bench.baseline: {self.bench.baseline!r} is not among the artifacts {names}")
+        return self
+
+    @model_validator(mode="after")
+    def _every_cell_is_possible(self) -> Recipe:
+        if self.sweep is not None:
+            try:
+                expanded_grid(self.prune, self.sweep)
+            except RecipeError as error:
+                raise ValueError(str(error)) from error
         return self
 
 
@@ -291,11 +490,6 @@ def checked(kind: type[SettingsT], mapping: dict[str, Any], *, where: str) -> Se
         raise RecipeError(f"{where}: {problems}") from error
 
 
-# One sentence, whatever was found: a few lines of YAML aliases can stand for gigabytes.
-_REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
-
-
 def _sentence(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     """Say what is wrong with one key, what was found, and what is allowed."""
     # Union branches ("int", "literal[...]") appear in the location; keys and indices are what users wrote.
@@ -303,8 +497,8 @@ def _sentence(kind: type[BaseModel], problem: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in location if part not in ("int", "function-after"))
     if problem["type"] == "extra_forbidden":
         *parents, word = problem["loc"]  # the unknown key as it was written, be it an identifier or not
-        shown = str(word) if word and str(word).isprintable() else _REPR.repr(word)
-        key = ".".join([*map(str, parents), shown])
+        text = str(word) if word and str(word).isprintable() else shown(word)
+        key = ".".join([*map(str, parents), text])
         return f"unknown key {key}{_nearest(str(word), _known_keys(kind, parents))}"
     if problem["type"] == "missing":
         return f"{key} is missing"
@@ -318,7 +512,7 @@ def _sentence(kind: type[BaseModel], problem: dict[str, Any]) -> str:
         hint = _nearest(
             problem["input"], str(problem["ctx"]["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
         )
-    return f"{key}: {message[0].lower()}{message[1:]}, got {_REPR.repr(problem['input'])}{hint}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {shown(problem['input'])}{hint}"
 
 
 def _known_keys(kind: type[BaseModel], location: list[Any]) -> list[str]:

@@ -39,10 +39,20 @@ class InputMoments:
             return
         x = inputs.double()
         mean = x.mean(dim=0)
+        self._add(len(x), mean, (x - mean).square_().sum(dim=0))
+
+    def merge(self, other: InputMoments) -> None:
+        """Take in what another has seen of other sequences."""
+        self.n_sequences += other.n_sequences
+        if other.n_tokens:
+            self._add(other.n_tokens, other.mean.to(self.mean.device), other.deviations.to(self.mean.device))
+
+    def _add(self, n_tokens: int, mean: torch.Tensor, deviations: torch.Tensor) -> None:
+        self.mean, self.deviations = self.mean.to(mean.device), self.deviations.to(mean.device)
         shift, before = mean - self.mean, self.n_tokens
-        self.n_tokens += len(x)
-        self.mean += shift * (len(x) / self.n_tokens)
-        self.deviations += (x - mean).square_().sum(dim=0) + shift.square() * (before * len(x) / self.n_tokens)
+        self.n_tokens += n_tokens
+        self.mean += shift * (n_tokens / self.n_tokens)
+        self.deviations += deviations + shift.square() * (before * n_tokens / self.n_tokens)
 
     def is_finite(self) -> bool:
         """Return whether all that was taken in was finite."""
@@ -157,7 +167,7 @@ def _refine_(
         pruned, (effect / moments.variance**power).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf), 0.0
     )
     cost = torch.where(mask, weight.abs() * moments.norm, torch.inf)
-    active = torch.arange(len(mask))
+    active = torch.arange(len(mask), device=mask.device)
     for _ in range(max_cycles):
         going = error.abs() > enough
         if not going.all():
@@ -172,7 +182,7 @@ def _refine_(
         gain, grown = torch.where(torch.isfinite(cheapest).unsqueeze(2), useful, -torch.inf).flatten(1).max(dim=1)
         of_group = (grown // group).unsqueeze(1)
         gone = partner.gather(1, of_group).squeeze(1) + of_group.squeeze(1) * group
-        here = torch.arange(len(active))
+        here = torch.arange(len(active), device=mask.device)
         after = error + effect[here, gone] - effect[here, grown]
         accepted = (gain > 0) & (after.abs() < error.abs())
         here, grown, gone = here[accepted], grown[accepted], gone[accepted]

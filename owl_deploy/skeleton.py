@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.hidden_states import HiddenStates
 from owl_deploy.memory import release_free_memory
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class Prunable:
 class BlockInputs:
     """What the blocks are called with for calibration sequences of one length."""
 
-    hidden_states: list[torch.Tensor]
+    hidden_states: HiddenStates
     """Entering block 0, one (1, seq_len, hidden) float32 per sequence."""
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """Per block: positional arguments after the hidden states, and keyword arguments."""
@@ -124,6 +126,10 @@ class Skeleton:
     blocks: nn.ModuleList
     expert_inputs: dict[str, list[nn.Module]]
     """Fused parameter -> per expert, the module that is called with the rows routed to it."""
+    device: torch.device
+    """Where blocks are filled and run."""
+    _linears: dict[int, dict[str, Prunable]] = field(default_factory=dict)
+    """What `linears` found: walking a block with many experts takes a while."""
 
     def linears(self, index: int) -> dict[str, Prunable]:
         """Return the prunable linears of a block by their full name without `.weight`.
@@ -135,6 +141,11 @@ class Skeleton:
         Raises:
             UnsupportedModelError: a mixture of experts stores them in a way that is not known here.
         """
+        if index not in self._linears:
+            self._linears[index] = self._find_linears(index)
+        return self._linears[index]
+
+    def _find_linears(self, index: int) -> dict[str, Prunable]:
         modules = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         excluded = {id(module.weight) for module in modules if module is not None}
         block = self.blocks[index]
@@ -220,10 +231,9 @@ class Skeleton:
                 set_module_tensor_to_device(block, parameter.removeprefix(prefix), "meta")
             release_free_memory()
 
-    @staticmethod
-    def fill_(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    def fill_(self, module: nn.Module, name: str, value: torch.Tensor) -> None:
         """Put a value into a parameter of `module`, as float32."""
-        set_module_tensor_to_device(module, name, "cpu", value=value.float(), dtype=torch.float32)
+        set_module_tensor_to_device(module, name, self.device, value=value.float(), dtype=torch.float32)
 
     def _fill_buffers_(self, module: nn.Module, prefix: str) -> None:
         """Read the buffers that a checkpoint has, such as the correction of a router; others are as computed."""
@@ -232,49 +242,87 @@ class Skeleton:
             tensor = self._find_tensor(prefix + name)
             if name not in parameters and tensor is not None:
                 set_module_tensor_to_device(
-                    module, name, "cpu", value=self.checkpoint.read(tensor).to(value.dtype), dtype=value.dtype
+                    module, name, self.device, value=self.checkpoint.read(tensor).to(value.dtype), dtype=value.dtype
                 )
 
     @torch.inference_mode()
-    def capture(self, tokens: torch.Tensor) -> BlockInputs:
+    def capture(self, tokens: torch.Tensor, *, folder: Path | None = None) -> BlockInputs:
         """Run everything before block 0, and learn what each block is called with.
+
+        The embeddings are read for that, and emptied again.
 
         Args:
             tokens: (n_samples, seq_len) int64.
+            folder: for the hidden states, where they are to be on disk.
         """
-        self._fill_embeddings()
+        outside = self._fill_embeddings()
         stubs = [_Recorder(block) for block in self.blocks]
         stubs[-1].is_last = True
         parent, _, name = self.prefix.rpartition(".")
         owner = self.model.get_submodule(parent)
-        hidden_states: list[torch.Tensor] = []
+        hidden_states = HiddenStates(folder)
         setattr(owner, name, nn.ModuleList(stubs))
         try:
             for row in tokens:
                 try:
-                    self.model(input_ids=row[None], use_cache=False)
+                    self.model(input_ids=row[None].to(self.device), use_cache=False)
                 except _AllSeenError:
                     hidden_states.append(stubs[0].hidden_state)
         finally:
             setattr(owner, name, self.blocks)
+            self._empty_(outside)
         if len(hidden_states) != len(tokens):
             raise UnsupportedModelError(
                 f"{self.checkpoint.path}: the model does not run its {len(self.blocks)} blocks in turn"
             )
         return BlockInputs(hidden_states, [(stub.args, stub.kwargs) for stub in stubs])
 
-    def _fill_embeddings(self) -> None:
-        """Read all that lies outside the blocks, except an untied head."""
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """Yield what makes logits, (1, seq_len, vocab), of tokens (1, seq_len) and the hidden states after the blocks.
+
+        All that lies outside the blocks is read for that, and emptied again. The model's own code runs, with the
+        blocks stood in for, so that norms, scales and caps of the family are those it has.
+        """
+        outside = self._fill_embeddings(with_head=True)
+        stubs = [_Recorder(block) for block in self.blocks]
+        parent, _, name = self.prefix.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        setattr(owner, name, nn.ModuleList(stubs))
+
+        def logits(tokens: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+            stubs[-1].output = hidden_states.to(self.device)
+            found: torch.Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+            return found
+
+        try:
+            with torch.inference_mode():
+                yield logits
+        finally:
+            setattr(owner, name, self.blocks)
+            self._empty_(outside)
+
+    def _empty_(self, parameters: list[str]) -> None:
+        for parameter in parameters:
+            set_module_tensor_to_device(self.model, parameter, "meta")
+        self.model.tie_weights()
+        release_free_memory()
+
+    def _fill_embeddings(self, *, with_head: bool = False) -> list[str]:
+        """Read all that lies outside the blocks, an untied head if asked to; return the parameters that were filled."""
         head = self.model.get_output_embeddings()
         head_id = id(head.weight) if head is not None else None
         embedding_id = id(self.model.get_input_embeddings().weight)
+        filled = []
         for name, parameter in list(self.model.named_parameters()):
             in_blocks = name.startswith(f"{self.prefix}.")
-            is_head = id(parameter) == head_id and head_id != embedding_id
+            is_head = id(parameter) == head_id and head_id != embedding_id and not with_head
             if not in_blocks and not is_head and parameter.is_meta:
                 self.fill_(self.model, name, self.checkpoint.read(self.tensor_name(name)))
+                filled.append(name)
         self.model.tie_weights()  # filling replaces the embedding; a tied head must follow, or it would count twice
         self._fill_buffers_(self.model, "")
+        return filled
 
 
 class _AllSeenError(Exception):
@@ -294,7 +342,7 @@ class _EitherOutput(torch.Tensor):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: remembers how it was called, and passes the hidden states on.
+    """Stands in for a block: remembers how it was called, and passes the hidden states on, or others.
 
     What the model asks of a block besides, such as Gemma's `attention_type` or Jamba's class, the real one answers.
     """
@@ -306,12 +354,14 @@ class _Recorder(nn.Module):
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
         self.is_last = False
+        self.output: torch.Tensor | None = None
+        """Returned in place of the hidden state."""
 
     def forward(self, hidden_state: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.hidden_state, self.args, self.kwargs = hidden_state, args, kwargs
         if self.is_last:
             raise _AllSeenError
-        return hidden_state.as_subclass(_EitherOutput)
+        return (hidden_state if self.output is None else self.output).as_subclass(_EitherOutput)
 
     @property  # type: ignore[misc]  # isinstance asks this
     def __class__(self) -> type:
@@ -444,8 +494,12 @@ def _is_gated(parts: dict[Role, Prunable]) -> bool:
     return parts["gate"].out_features == parts["up"].out_features == neurons
 
 
-def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
+def open_skeleton(checkpoint: Checkpoint, device: torch.device | None = None) -> Skeleton:
     """Build the model of a checkpoint's configuration on the meta device and find its blocks.
+
+    Args:
+        checkpoint: where the weights are.
+        device: where blocks are filled and run; None is the CPU.
 
     Raises:
         UnsupportedModelError: transformers does not know the architecture, it has no decoder blocks, or
@@ -469,7 +523,10 @@ def open_skeleton(checkpoint: Checkpoint) -> Skeleton:
         ) from error
     model.tie_weights()
     prefix, blocks = _decoder_blocks(model, checkpoint)
-    skeleton = Skeleton(checkpoint, model, prefix, blocks, _watch_experts(prefix, blocks))
+    device = torch.device("cpu") if device is None else device
+    for name, buffer in model.named_buffers() if device.type != "cpu" else ():
+        set_module_tensor_to_device(model, name, device, value=buffer)
+    skeleton = Skeleton(checkpoint, model, prefix, blocks, _watch_experts(prefix, blocks), device)
     for name, parameter in model.named_parameters():
         tensor = skeleton.tensor_name(name)
         found, expected = checkpoint.tensors[tensor].shape, tuple(parameter.shape)

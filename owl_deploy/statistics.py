@@ -15,6 +15,9 @@ class InputStatistic(Protocol):
     def update(self, inputs: torch.Tensor) -> None:
         """Take in the inputs of one sequence, (tokens, in_features), any float type."""
 
+    def merge(self, other: Any) -> None:
+        """Take in what another of the same kind has seen of other sequences, perhaps on another device."""
+
     def is_finite(self) -> bool:
         """Return whether all that was taken in was finite."""
 
@@ -35,7 +38,13 @@ class SquaredNorm:
         """Take in the inputs of one sequence, (tokens, in_features)."""
         squares = inputs.float().square().sum(dim=0)
         self.n_sequences += 1
+        self.mean = self.mean.to(squares.device)
         self.mean += (squares - self.mean) / self.n_sequences
+
+    def merge(self, other: SquaredNorm) -> None:
+        """Take in what another has seen of other sequences."""
+        self.n_sequences += other.n_sequences
+        self.mean += (other.mean.to(self.mean.device) - self.mean) * (other.n_sequences / max(1, self.n_sequences))
 
     def is_finite(self) -> bool:
         """Return whether all inputs were finite and their squares within float32."""
@@ -65,8 +74,16 @@ class Hessian:
         x = inputs.float()
         self.inverses.clear()
         self.n_sequences += 1
+        self.matrix = self.matrix.to(x.device)
         self.matrix *= (self.n_sequences - 1) / self.n_sequences
         self.matrix.addmm_(x.T, x, alpha=2 / self.n_sequences)
+
+    def merge(self, other: Hessian) -> None:
+        """Take in what another has seen of other sequences."""
+        self.inverses.clear()
+        self.n_sequences += other.n_sequences
+        share = other.n_sequences / max(1, self.n_sequences)
+        self.matrix.lerp_(other.matrix.to(self.matrix.device), share)
 
     def is_finite(self) -> bool:
         """Return whether all inputs were finite and their products within float32."""

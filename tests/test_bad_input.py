@@ -606,9 +606,10 @@ def stop(process: subprocess.Popen[str], when: Callable[[psutil.Process], bool],
     return Call(process.returncode, stdout, stderr)
 
 
+LEFT = "nothing half-written was left; prune and run continue with --resume, sweep by itself"
 SENTENCE = {
-    signal.SIGINT: "owl-deploy: interrupted: nothing half-written was left; prune and run continue with --resume",
-    signal.SIGTERM: "owl-deploy: terminated: nothing half-written was left; prune and run continue with --resume",
+    signal.SIGINT: f"owl-deploy: interrupted: {LEFT}",
+    signal.SIGTERM: f"owl-deploy: terminated: {LEFT}",
 }
 
 

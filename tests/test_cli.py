@@ -157,8 +157,8 @@ def test_flags_that_are_no_recipe_keys_are_known() -> None:
     """A new key must become a flag by itself; what else there is, is listed here."""
     common = {"--threads", "--offline", "--quiet", "--json", "--out", "--force"}
     own = {
-        "prune": {"--model", "--seed", "--resume"},
-        "eval": {"--reference"},
+        "prune": {"--model", "--seed", "--resume", "--device", "--max-memory"},
+        "eval": {"--reference", "--tasks", "--tasks-path", "--limit", "--num-fewshot"},
         "export": {"--no-parity"},
         "bench": {"--baseline", "--reference", "--seed"},
     }

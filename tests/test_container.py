@@ -50,8 +50,8 @@ MAX_IMAGE_BYTES = 600_000_000
 
 # What a report and an engine need beyond starting up: every base dependency imports and ONNX Runtime runs a graph.
 ENGINE_PROBE = """
-import click, jinja2, numpy, onnx, onnx.helper, onnxruntime, plotly.graph_objects, psutil, pydantic, rich, scipy.stats
-import numpy.testing, scipy.sparse, tokenizers, yaml
+import click, jinja2, numpy, onnx, onnx.helper, onnxruntime, plotly.graph_objects, psutil, pydantic, rich
+import numpy.testing, tokenizers, yaml
 value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2])
 graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "twice", [value("x")], [value("y")])
 model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 17)])

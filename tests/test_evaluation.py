@@ -69,13 +69,13 @@ def test_perplexity_of_a_hopeless_model_is_huge_but_a_number() -> None:
     assert 1e300 < perplexity([1e6, 2.0]) < math.inf
 
 
-# Rows are worked through in pieces of 256: sizes around its multiples.
-@pytest.mark.parametrize("n", [2, 3, 255, 256, 257, 258, 512, 513, 514, 700])
+# Rows are worked through in pieces of 32: sizes around its multiples.
+@pytest.mark.parametrize("n", [2, 3, 31, 32, 33, 34, 64, 65, 66, 700])
 def test_mean_nll_is_that_of_the_slow_loop(n: int) -> None:
     logits, tokens = random_logits(n), np.random.default_rng(1).integers(0, 50, n)
     rows = torch.from_numpy(logits).double()
     nlls = [-float(torch.log_softmax(rows[i], 0)[tokens[i + 1]]) for i in range(n - 1)]
-    assert mean_nll(logits, tokens) == pytest.approx(sum(nlls) / (n - 1), rel=1e-12)
+    assert mean_nll(logits, tokens) == pytest.approx(sum(nlls) / (n - 1), rel=1e-7)
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
@@ -83,13 +83,13 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
     assert perplexity([nll]) == pytest.approx(260, rel=1e-12)
 
 
-@pytest.mark.parametrize("n", [1, 255, 256, 257, 600])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 600])
 def test_divergence_is_that_of_torch(n: int) -> None:
     expected, actual = random_logits(n, seed=0), random_logits(n, seed=1)
     p, q = (torch.log_softmax(torch.from_numpy(x).double(), dim=1) for x in (expected, actual))
     kl, top1 = divergence(expected, actual)
     assert kl == pytest.approx(
-        float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-10
+        float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel=1e-6
     )
     assert top1 == pytest.approx(float((p.argmax(1) == q.argmax(1)).double().mean()), rel=1e-12)
 
@@ -104,7 +104,7 @@ def test_divergence_is_taken_from_the_reference() -> None:
 def test_divergence_from_itself_is_nothing_whatever_is_added_to_the_logits() -> None:
     logits = random_logits(9)
     assert divergence(logits, logits) == (0.0, 1.0)
-    assert divergence(logits, logits + np.float32(8)) == pytest.approx((0, 1), abs=1e-9)
+    assert divergence(logits, logits + np.float32(8)) == pytest.approx((0, 1), abs=1e-6)
 
 
 def test_windows_do_not_overlap_and_the_tail_is_dropped(tiny_model: Path, text: str) -> None:

@@ -476,7 +476,8 @@ def test_tied_head_stays_the_embedding_and_is_counted_once(saved: Saved) -> None
     n_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     skeleton.capture(saved.tokens)
     assert (head.weight is embedding.weight) == (saved.name in TIED)
-    assert head.weight.is_meta == (saved.name not in TIED)
+    assert head.weight.is_meta
+    assert embedding.weight.is_meta  # emptied again
     assert sum(parameter.numel() for parameter in skeleton.model.parameters()) == n_parameters
     assert n_parameters == sum(parameter.numel() for parameter in saved.plain.parameters())
 

@@ -86,9 +86,11 @@ def test_dass_finds_gate_and_up_of_every_mlp(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_random_tokens")
-def test_experts_with_too_few_tokens_are_pruned_by_magnitude_on_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_experts_with_too_few_tokens_are_pruned_by_magnitude_on_record(allocation: str, tmp_path: Path) -> None:
+    """Those of block 0 too, whose inputs may be known from the allocation."""
     save_model(FAMILIES["mixtral"], tmp_path / "dense")
-    settings = PruneSettings(allocation="uniform", sparsity=0.5, min_expert_tokens=1000)
+    settings = PruneSettings(allocation=allocation, owl_m=2, sparsity=0.5, min_expert_tokens=1000)
     facts = prune(str(tmp_path / "dense"), settings, out=tmp_path / "sparse", threads=1).facts
     experts = [fact for fact in facts["linears"] if ".experts." in fact["name"]]
     assert experts

@@ -10,6 +10,7 @@ from conftest import save_tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
+from owl_deploy import pruning
 from owl_deploy.cache import owl_deploy_cache
 from owl_deploy.errors import OwlDeployError, RecipeError
 from owl_deploy.methods import METHODS
@@ -128,11 +129,72 @@ def test_dsnot_swaps_and_keeps_the_sparsity_of_every_row(tiny_model: Path, text:
 def test_every_allocation_meets_the_target_and_shows_its_figure(
     allocation: str, figure: str | None, tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
-    report = run(tiny_model, text, tmp_path / "out", method="magnitude", allocation=allocation, owl_m=3)
+    of_allocation: dict[str, dict[str, Any]] = {"ramp": {"ramp_slope": 0.2}, "owl": {"owl_m": 3}}
+    options = of_allocation.get(allocation, {})
+    report = run(tiny_model, text, tmp_path / "out", method="magnitude", allocation=allocation, **options)
     blocks = report.facts["blocks"]
     assert sum(block["sparsity"] for block in blocks) / 2 == pytest.approx(0.5, abs=1e-9)
     assert blocks[0]["sparsity"] != blocks[1]["sparsity"]
     assert (figure is None) or all(figure in block for block in blocks)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "dlp", "alphapruning", "isc"])
+def test_linears_may_get_sparsities_of_their_own(allocation: str, tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    options = {"allocation": allocation, "allocation_per": "linear", "owl_m": 3}
+    report = run(tiny_model, text, tmp_path / "out", method="wanda", **options)
+    asked = {fact["name"]: fact["asked"] for fact in report.facts["linears"]}
+    assert len(set(asked.values())) > 4
+    sizes = {fact["name"]: fact["shape"][0] * fact["shape"][1] for fact in report.facts["linears"]}
+    mean = sum(asked[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert mean == pytest.approx(0.5, abs=1e-9)
+    for index, block in enumerate(report.facts["blocks"]):
+        inside = [name for name in asked if f".layers.{index}." in name]
+        assert block["sparsity"] == pytest.approx(
+            sum(asked[name] * sizes[name] for name in inside) / sum(sizes[name] for name in inside)
+        )
+    again = run(tiny_model, text, tmp_path / "b", allocation=f"file:{tmp_path / 'out' / 'allocation.json'}")
+    assert again.facts["mask_sha256"] == report.facts["mask_sha256"]
+
+
+def test_traces_of_the_loss_rank_blocks(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    options = {"allocation": "isc", "isc_sensitivity": "hutchinson", "isc_probes": 3, "method": "magnitude"}
+    blocks = run(tiny_model, text, tmp_path / "out", **options).facts["blocks"]
+    more, less = sorted(blocks, key=lambda block: block["sensitivity"], reverse=True)
+    assert more["sparsity"] == pytest.approx(0.4)
+    assert less["sparsity"] == pytest.approx(0.6)
+
+
+def test_owl_keeps_more_of_eight_in_blocks_with_outliers(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    options = {"pattern": "keep 4 of 8", "allocation": "owl", "owl_m": 3, "owl_pattern_spread": 2}
+    report = run(tiny_model, text, tmp_path / "out", **options)
+    more, less = sorted(report.facts["blocks"], key=lambda block: block["outlier_ratio"], reverse=True)
+    assert (more["sparsity"], less["sparsity"]) == (0.375, 0.625)
+    weights = weights_of(tmp_path / "out")
+    for fact in report.facts["linears"]:
+        kept = (weights[f"{fact['name']}.weight"] != 0).reshape(-1, 8).sum(dim=1)
+        block = more if f".layers.{more['index']}." in fact["name"] else less
+        assert set(kept.tolist()) == {round(8 * (1 - block["sparsity"]))}
+
+
+def test_hidden_states_on_disk_give_the_same_bytes(
+    tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"method": "sparsegpt", "allocation": "owl", "owl_m": 3}
+    in_memory = run(tiny_model, text, tmp_path / "a", **options)
+    monkeypatch.setenv("OWL_DEPLOY_CACHE", str(tmp_path / "cache"))  # statistics are to be taken again
+    monkeypatch.setattr(pruning, "available_bytes", lambda: 0)
+    monkeypatch.setattr(pruning, "rss_bytes", lambda: 0)
+    on_disk = run(tiny_model, text, tmp_path / "b", **options)
+    assert in_memory.facts == on_disk.facts
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a", "b", "cache"]
+
+
+def test_memory_that_cannot_do_is_refused_before_work(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"max_memory 0\.01 GiB is not enough: even with hidden states on disk"):
+        prune(str(tiny_model), settings(text), out=tmp_path / "out", threads=1, max_memory=10 << 20)
+    assert not list(tmp_path.iterdir())
 
 
 def test_allocation_of_a_checkpoint_can_be_used_again(tiny_model: Path, text: Path, tmp_path: Path) -> None:
@@ -228,6 +290,8 @@ def test_pattern_that_does_not_divide_the_inputs_is_refused_by_name(
         ({"pattern": "2:4"}, "2:4 is ambiguous"),
         ({"pattern": "keep 2 of 4", "sparsity": 0.7}, "pattern keep 2 of 4 has sparsity 0.5, got sparsity 0.7"),
         ({"pattern": "keep 2 of 4", "allocation": "owl"}, "leaves nothing to share out"),
+        ({"pattern": "keep 4 of 8", "allocation": "owl", "allocation_per": "linear"}, "use allocation_per block"),
+        ({"allocation": "ramp", "allocation_per": "linear"}, "allocation ramp knows no linears"),
         ({"pattern": "keep 2 of 4", "method": "dass"}, "dass compares whole columns"),
         ({"method": "dass", "true_sequential": True}, "not with true_sequential"),
         ({"dampening": 0}, "dampening"),

@@ -83,7 +83,7 @@ def test_every_field_says_what_it_is(kind: Any) -> None:
         ("eval.windw", "unknown key eval.windw; did you mean window?"),
         ("bench.past-len", "unknown key bench.past-len; did you mean past_len?"),
         ("bench.zzz", "unknown key bench.zzz; known are past_len, prompt_len, rounds,"),
-        ("n-samples", "unknown key n-samples; known are model, seed, threads, prune, export, eval, bench"),
+        ("n-samples", "unknown key n-samples; known are model, seed, threads, device, max_memory, prune,"),
         ("", "unknown key ''; known are model"),
         ("prune.a\nb", "unknown key prune.'a\\nb'; known are method"),
     ],

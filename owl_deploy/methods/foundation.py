@@ -88,7 +88,7 @@ def choose_mask(weight: torch.Tensor, goal: Goal, inverse: InverseHessian, *, bl
     step = size * max(1, 128 // size)
     for start in range(0, columns, step):
         end = min(start + step, columns)
-        errors = torch.zeros(len(weight), end - start)
+        errors = torch.zeros(len(weight), end - start, device=weight.device)
         for first in range(start, end, size):
             last = min(first + size, end)
             # U_gg^T U_gg is the corner of the inverse of H restricted to this group and later columns.
@@ -126,9 +126,9 @@ def _cheapest_alone(weights: torch.Tensor, inverse: torch.Tensor, count: int) ->
 
 def _cheapest_set(weights: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
     """Return which weights to remove, (out, group) bool: the set of that size with the least joint cost."""
-    sets = torch.tensor(list(combinations(range(len(inverse)), count)))
+    sets = torch.tensor(list(combinations(range(len(inverse)), count)), device=inverse.device)
     prices = torch.linalg.inv(inverse[sets[:, :, None], sets[:, None, :]]).float()
-    costs = torch.empty(len(weights), len(sets))
+    costs = torch.empty(len(weights), len(sets), device=weights.device)
     for index, (members, price) in enumerate(zip(sets, prices, strict=True)):
         chosen = weights[:, members]
         costs[:, index] = (chosen @ price * chosen).sum(dim=1)
@@ -142,7 +142,7 @@ def _one_at_a_time(weights: torch.Tensor, inverse: torch.Tensor, count: int) -> 
 
 
 def _one_at_a_time_of(weights: torch.Tensor, inverse: torch.Tensor, count: int) -> torch.Tensor:
-    rows = torch.arange(len(weights))
+    rows = torch.arange(len(weights), device=weights.device)
     left, of_row = weights, inverse.repeat(len(weights), 1, 1)
     removed = torch.zeros_like(weights, dtype=torch.bool)
     for _ in range(count):
