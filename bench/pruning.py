@@ -1,10 +1,10 @@
 """The prune stage beside a plain rendition of the published drivers: time, processor time, memory, and the same masks.
 
-In: a model, sizes, a method. Out: a table of OWL with that method as `owl_deploy.prune` does it, as
-`owl_deploy.bench.published_driver` does it, and as prune does it again, its statistics of the dense model known. Each
-run has a process of its own, all in turn. Inside the clock is the stage from the files of the model to those of the
-pruned one; outside are the start of Python and its imports, the conversion of a GGUF file, and the tokens, which the
-model has sampled from itself before. Run it as `python -m owl_deploy.bench.pruning`.
+In: a model, sizes, a method. Out: a table of OWL with that method as `owl_deploy.bench.published_driver` does it, as
+`owl_deploy.prune` does it, as prune does it again, its statistics of the dense model known, and with products in
+bfloat16. Each run has a process of its own, all in turn. Inside the clock is the stage from the files of the model to
+those of the pruned one; outside are the start of Python and its imports, the conversion of a GGUF file, and the tokens,
+which the model has sampled from itself before. Run it as `python -m owl_deploy.bench.pruning`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from owl_deploy.versions import commit, versions
 __all__ = ["main", "measure_drivers"]
 
 Driver = Literal["owl_deploy", "published"]
-_CASES: dict[str, Driver] = {
-    "published driver": "published",
-    "owl_deploy": "owl_deploy",
-    "owl_deploy, statistics known": "owl_deploy",
+_CASES: dict[str, tuple[Driver, dict[str, Any]]] = {
+    "published driver": ("published", {}),
+    "owl_deploy": ("owl_deploy", {}),
+    "owl_deploy, statistics known": ("owl_deploy", {}),
+    "owl_deploy, bfloat16": ("owl_deploy", {"forward_dtype": "bfloat16"}),
 }
-"""Name of a row -> what runs. The last one finds what the one before it left in the cache."""
+"""Name of a row -> what runs, and with which settings. The third finds what the second left in the cache, the last
+does not: statistics in another type are others."""
 
 _OUTSIDE_CLOCK = "start of Python, imports, conversion of GGUF files, sampling of the tokens"
 _END = "finish"
@@ -102,12 +104,12 @@ def measure_drivers(
             cache = folder / "cache"
             shutil.rmtree(cache, ignore_errors=True)  # no statistics
             _give_tokens(cache)
-            for name, driver in _CASES.items():
+            for name, (driver, changes) in _CASES.items():
                 job = {
                     "driver": driver,
                     "model": str(checkpoint.path.resolve()),
                     "tokens": str(folder / "tokens.npy"),
-                    "settings": settings.model_dump(mode="json"),
+                    "settings": {**settings.model_dump(mode="json"), **changes},
                     "threads": count.n,
                     "out": str(folder / name),
                 }

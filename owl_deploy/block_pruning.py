@@ -21,7 +21,7 @@ from owl_deploy.replicas import Replicas
 from owl_deploy.skeleton import Prunable, Skeleton
 from owl_deploy.statistics import InputStatistic, SquaredNorm
 
-__all__ = ["mask_sha256", "prune_block_", "prune_linear", "statistic_kinds"]
+__all__ = ["forward_dtype", "mask_sha256", "prune_block_", "prune_linear", "statistic_kinds"]
 
 
 def statistic_kinds(settings: PruneSettings) -> tuple[Callable[[int], InputStatistic], ...]:
@@ -33,6 +33,11 @@ def statistic_kinds(settings: PruneSettings) -> tuple[Callable[[int], InputStati
     if settings.refine == "dsnot":
         kinds.append(InputMoments)
     return tuple(kinds)
+
+
+def forward_dtype(settings: PruneSettings) -> torch.dtype:
+    """Return the type of matrix products while calibration sequences run."""
+    return torch.bfloat16 if settings.forward_dtype == "bfloat16" else torch.float32
 
 
 def prune_block_(

@@ -34,6 +34,7 @@ def dense_inputs(
     on_step: OnStep,
     *,
     n_threads: int,
+    dtype: torch.dtype = torch.float32,
     folder: Path | None = None,
 ) -> list[dict[str, Observed]]:
     """Return, per block, what was seen of the inputs of each linear of the dense model: one `SquaredNorm`.
@@ -46,18 +47,20 @@ def dense_inputs(
         calibration: the tokens.
         on_step: told of every block.
         n_threads: of torch.
+        dtype: of matrix products.
         folder: for the hidden states, where they are to be on disk.
 
     Raises:
         OwlDeployError: an activation is NaN or Inf.
     """
     skeleton = skeletons[0]
-    path = _cache_path(skeletons, calibration, n_threads)
+    path = _cache_path(skeletons, calibration, n_threads, dtype)
     try:
         return _read(path, skeleton)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         pass  # not there, or damaged: made anew
-    replicas = Replicas.capture(skeletons, torch.from_numpy(calibration.tokens), folder=folder)
+    tokens = torch.from_numpy(calibration.tokens)
+    replicas = Replicas.capture(skeletons, tokens, threads_apart=True, dtype=dtype, folder=folder)
     n_blocks = len(skeleton.blocks)
     seen: list[dict[str, Observed]] = []
     for index in range(n_blocks):
@@ -80,14 +83,15 @@ def norm_of(observed: Observed) -> SquaredNorm:
     return norm
 
 
-def _cache_path(skeletons: Sequence[Skeleton], calibration: Calibration, n_threads: int) -> Path:
+def _cache_path(skeletons: Sequence[Skeleton], calibration: Calibration, n_threads: int, dtype: torch.dtype) -> Path:
     facts = {
         "model": skeletons[0].checkpoint.fingerprint,
         "tokens": calibration.sha256,
         "versions": versions("torch", "transformers"),
         "threads": n_threads,
         "devices": [skeleton.device.type for skeleton in skeletons],
-        "format_version": 2,
+        "dtype": str(dtype),
+        "format_version": 3,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return owl_deploy_cache() / "statistics" / f"{digest[:32]}.safetensors"

@@ -86,7 +86,9 @@ class Evolved:
 def level_grid(n_weights: Sequence[int], start: Sequence[float], *, step: float, n_levels: int) -> LevelGrid:
     """Lay out the levels of linears.
 
-    The paper takes a million weights for models of 7B, which is 0.034 of their mean linear, and 8 levels each side.
+    The paper takes a million weights for models of 7B, which is 0.034 of their mean linear, and 8 levels each side. A
+    search of minutes makes a few dozen generations, not 400 of 64 offspring, and needs longer strides: SmolLM2-135M at
+    60 % came from 1.557 to 1.396 nats in 20 generations of 8 with a step of 0.1, and to 1.335 with 0.2.
     A linear too small for one step up or down has no levels on that side.
 
     Args:

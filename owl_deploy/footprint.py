@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from owl_deploy.memory import rss_bytes
 from owl_deploy.methods import METHODS
 from owl_deploy.methods.method import Method
@@ -72,18 +74,24 @@ def predict_footprint(skeleton: Skeleton, settings: PruneSettings) -> Footprint:
     hidden = int(model.config.hidden_size)
     widest = max(max(linear.out_features, linear.in_features) for linear in linears)
     sequence = _FLOAT * settings.seq_len * (10 * hidden + 4 * widest)
+    side_by_side = min(torch.get_num_threads(), settings.n_samples) * sequence  # see `Replicas.capture`
     # A tensor is read as stored and as float32; both are there for a moment.
     reading = (width + _FLOAT) * tensor
     method = METHODS[settings.method]
+    is_hessian = method.new_statistic is Hessian
     working = _WORKING_BYTES.get(method.name, _SCORING_BYTES) + (_DSNOT_BYTES if settings.refine == "dsnot" else 0)
     # A shard is converted, and serialised by the library.
     shard = 2 * width * block // _FLOAT if width < _FLOAT else block
     phases = {
         "embedding": _FLOAT * sum(outside.values()) + width * max(outside.values()),
         "reading a block": block + reading,
-        "pruning a block": block + sequence + max(_hessians(skeleton, method) + working * linear, shard),
+        "pruning a block": block
+        + (sequence if is_hessian else side_by_side)
+        + max(_hessians(skeleton, method) + working * linear, shard),
         "finishing": 2 * outside_stored,
     }
+    if _sees(settings):
+        phases["running a dense block"] = block + side_by_side
     if settings.allocation in ("owl", "dlp"):
         phases["scores of a block"] = 2 * block + 16 * linear
     if settings.allocation == "alphapruning":

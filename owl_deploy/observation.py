@@ -6,6 +6,7 @@ called with the same tensor (queries, keys and values; gate and up), or the hidd
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,18 +148,21 @@ class _AllSeenError(Exception):
 def _call(block: nn.Module, inputs: BlockInputs, index: int, i: int) -> torch.Tensor:
     args, kwargs = inputs.arguments[index]
     device = next(block.parameters()).device
-    output = block(inputs.hidden_states[i].to(device), *args, **kwargs)
+    with torch.autocast(device.type, inputs.dtype, enabled=inputs.dtype != torch.float32):
+        output = block(inputs.hidden_states[i].to(device), *args, **kwargs)
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 @contextmanager
 def _hooked(linears: Mapping[str, Prunable], on_input: Callable[[str, torch.Tensor], object]) -> Iterator[None]:
-    """Call `on_input` with the name and the input of each linear whenever it is called. One sequence, one call."""
+    """Call `on_input` with the name and the input of each linear whenever this thread calls it."""
+    mine = threading.get_ident()  # others may run other sequences through the same block
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            on_input(name, arguments[0])
+            if threading.get_ident() == mine:
+                on_input(name, arguments[0])
 
         return see
 

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from owl_deploy.allocation_file import save_allocation
-from owl_deploy.block_pruning import prune_block_, statistic_kinds
+from owl_deploy.block_pruning import forward_dtype, prune_block_, statistic_kinds
 from owl_deploy.calibration import Calibration, calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.dense_inputs import dense_inputs
@@ -54,6 +54,7 @@ from owl_deploy.ramp_tuning import tune_slope
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.replicas import Replicas
 from owl_deploy.skeleton import Skeleton, open_skeleton
+from owl_deploy.statistics import Hessian
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import versions
 from owl_deploy.work_folder import WorkFolder
@@ -165,7 +166,9 @@ def prune(
         folder.mkdir(parents=True, exist_ok=True)
     seen = None
     if calibration is not None and needs_dense_inputs(settings):
-        seen = dense_inputs(skeletons, calibration, on_step, n_threads=n_threads, folder=folder)
+        seen = dense_inputs(
+            skeletons, calibration, on_step, n_threads=n_threads, dtype=forward_dtype(settings), folder=folder
+        )
     sparsities = allocate(skeletons, settings, calibration, seen, seed, n_threads, folder, on_step)
     if work is None:  # only now: an allocation that refuses the model leaves nothing behind
         work = WorkFolder.open(out, fingerprint, resume=False)
@@ -311,7 +314,13 @@ def _prune_blocks(
     """Prune block after block; the statistics of each see the pruned blocks before it."""
     skeleton, replicas = skeletons[0], None
     if statistic_kinds(settings) and calibration is not None:
-        replicas = Replicas.capture(skeletons, torch.from_numpy(calibration.tokens), folder=folder)
+        replicas = Replicas.capture(
+            skeletons,
+            torch.from_numpy(calibration.tokens),
+            threads_apart=Hessian not in statistic_kinds(settings),
+            dtype=forward_dtype(settings),
+            folder=folder,
+        )
     n_blocks = len(skeleton.blocks)
     for index, sparsity in enumerate(sparsities.blocks):
         started = time.perf_counter()

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from owl_deploy.allocation import largest_slope, ramp
-from owl_deploy.block_pruning import prune_block_, statistic_kinds
+from owl_deploy.block_pruning import forward_dtype, prune_block_, statistic_kinds
 from owl_deploy.cache import owl_deploy_cache
 from owl_deploy.calibration import Calibration
 from owl_deploy.files import write_json
@@ -80,6 +80,7 @@ def tune_slope(
         "method": method,
         "sparsity": settings.sparsity,
         "min_expert_tokens": settings.min_expert_tokens,
+        "forward_dtype": settings.forward_dtype,
         "versions": versions("torch", "transformers"),
         "threads": n_threads,
         "devices": [skeleton.device.type for skeleton in skeletons],
@@ -114,7 +115,7 @@ def _loss(
     skeleton = skeletons[0]
     n_blocks = len(skeleton.blocks)
     sparsities = ramp(skeleton.n_weights(), settings.sparsity, slope=slope)
-    replicas = Replicas.capture(skeletons, tokens, folder=folder)
+    replicas = Replicas.capture(skeletons, tokens, threads_apart=True, dtype=forward_dtype(settings), folder=folder)
     for index, sparsity in enumerate(sparsities):
         dtypes = {name: skeleton.checkpoint.dtype(tensor) for name, tensor in skeleton.block_tensors(index).items()}
         goals = dict.fromkeys(skeleton.linears(index), Goal(sparsity))

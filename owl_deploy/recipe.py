@@ -139,14 +139,18 @@ class PruneSettings(Settings):
     """evopress: candidates per generation."""
     evopress_tokens: Annotated[int, Field(ge=2)] = 2048
     """evopress: calibration tokens on which the fittest of a generation is compared with its parent."""
-    evopress_step: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.05
-    """evopress: weights that a linear gains or loses in one step, as a share of the mean linear's."""
+    evopress_step: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.2
+    """evopress: weights that a linear gains or loses in one step, as a share of the mean linear's; linears too small
+    for that stay as they are (a longer search can do with less)."""
     block_size: Annotated[int, Field(ge=1)] = 128
     """sparsegpt, isc: columns after which their errors are passed on to the others."""
     dampening: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.01
     """sparsegpt, isc, alps, foundation: share of the Hessian's mean diagonal that is added to it."""
     true_sequential: bool = False
     """Whether linears of a block see the pruned ones before them, not the dense block: one more pass per group."""
+    forward_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products while calibration sequences run: bfloat16 takes half the time on processors that have
+    it. Weights, residuals and statistics are float32 all the same."""
     min_expert_tokens: Annotated[int, Field(ge=0)] = 64
     """Experts that see fewer calibration tokens are pruned by magnitude, on record."""
     calibration: str = "generated"

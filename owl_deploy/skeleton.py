@@ -113,6 +113,8 @@ class BlockInputs:
     """Entering block 0, one (1, seq_len, hidden) float32 per sequence."""
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     """Per block: positional arguments after the hidden states, and keyword arguments."""
+    dtype: torch.dtype = torch.float32
+    """Of matrix products when a block is run on them; weights, residuals and norms are float32 all the same."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,9 @@ class Skeleton:
                 )
 
     @torch.inference_mode()
-    def capture(self, tokens: torch.Tensor, *, folder: Path | None = None) -> BlockInputs:
+    def capture(
+        self, tokens: torch.Tensor, *, folder: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> BlockInputs:
         """Run everything before block 0, and learn what each block is called with.
 
         The embeddings are read for that, and emptied again.
@@ -254,6 +258,7 @@ class Skeleton:
         Args:
             tokens: (n_samples, seq_len) int64.
             folder: for the hidden states, where they are to be on disk.
+            dtype: of `BlockInputs`.
         """
         outside = self._fill_embeddings()
         stubs = [_Recorder(block) for block in self.blocks]
@@ -275,7 +280,7 @@ class Skeleton:
             raise UnsupportedModelError(
                 f"{self.checkpoint.path}: the model does not run its {len(self.blocks)} blocks in turn"
             )
-        return BlockInputs(hidden_states, [(stub.args, stub.kwargs) for stub in stubs])
+        return BlockInputs(hidden_states, [(stub.args, stub.kwargs) for stub in stubs], dtype)
 
     @contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:

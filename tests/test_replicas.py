@@ -26,12 +26,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(model: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int, **changes: Any) -> SparsityReport:
+def run(
+    model: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch, n: int, threads: int = 1, **changes: Any
+) -> SparsityReport:
     values = {"allocation": "owl", "owl_m": 3, "sparsity": 0.5, "calibration": f"text:{text}"}
     settings = PruneSettings.model_validate({**values, "n_samples": 5, "seq_len": 32, **changes})
     monkeypatch.setattr(pruning, "resolve_devices", lambda _: (CPU,) * n)
     monkeypatch.setenv("OWL_DEPLOY_CACHE", str(out.with_name(f"{out.name}-cache")))
-    return prune(str(model), settings, out=out, threads=1)
+    return prune(str(model), settings, out=out, threads=threads)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -56,6 +58,34 @@ def test_masks_are_those_of_one_device_up_to_ties(
     assert more.facts["sparsity"] == one.facts["sparsity"]
     figures = [[block["outlier_ratio"] for block in report.facts["blocks"]] for report in (one, more)]
     assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "wanda"}, {"refine": "dsnot"}, {"true_sequential": True}, {"method": "sparsegpt"}], ids=str
+)
+def test_threads_with_sequences_of_their_own_see_the_same(
+    options: dict[str, Any], tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run(tiny_model, text, tmp_path / "one", monkeypatch, 1, threads=1, **options)
+    three = run(tiny_model, text, tmp_path / "three", monkeypatch, 1, threads=3, **options)
+    assert torch.get_num_threads() == 3
+    a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "three")
+    assert all(((a[name] != 0) == (b[name] != 0)).float().mean() > 0.999 for name in a)
+    again = run(tiny_model, text, tmp_path / "again", monkeypatch, 1, threads=3, **options)
+    assert again.facts == three.facts  # whichever thread is first
+
+
+def test_products_in_bfloat16_give_nearly_the_same_masks(
+    tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = run(tiny_model, text, tmp_path / "a", monkeypatch, 1)
+    rounded = run(tiny_model, text, tmp_path / "b", monkeypatch, 1, forward_dtype="bfloat16")
+    assert rounded.facts["mask_sha256"] != exact.facts["mask_sha256"]
+    assert rounded.facts["sparsity"] == exact.facts["sparsity"]
+    dense, a, b = (weights_of(folder) for folder in (tiny_model, tmp_path / "a", tmp_path / "b"))
+    for name in (f"{fact['name']}.weight" for fact in exact.facts["linears"]):
+        assert ((a[name] != 0) == (b[name] != 0)).float().mean() > 0.97
+        assert torch.equal(b[name], torch.where(b[name] != 0, dense[name], 0.0))
 
 
 @pytest.mark.parametrize("kind", [SquaredNorm, Hessian, InputMoments])
