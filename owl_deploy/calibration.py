@@ -11,6 +11,7 @@ import io
 import json
 import random
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -146,8 +147,7 @@ def _generated(
     starts_with_bos = settings.bos != "never" and encoder.bos_token_id is not None
     if settings.bos == "always" and not starts_with_bos:
         raise OwlDeployError("bos: always was asked for, but the tokenizer has no begin-of-sequence token")
-    key = json.dumps([checkpoint.fingerprint, seed, settings.n_samples, settings.seq_len, starts_with_bos])
-    file = owl_deploy_cache() / "generated" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+    file = _generated_file(checkpoint, settings, seed, starts_with_bos=starts_with_bos)
     is_cached = file.is_file()
     if is_cached:
         tokens = np.load(file, allow_pickle=False)
@@ -163,3 +163,16 @@ def _generated(
         np.save(buffer, tokens, allow_pickle=False)
         write_bytes(file, buffer.getvalue())
     return Calibration(tokens, "generated", seed, settings.bos, starts_with_bos, is_cached)
+
+
+def _generated_file(checkpoint: Checkpoint, settings: CalibrationSettings, seed: int, *, starts_with_bos: bool) -> Path:
+    key = json.dumps([checkpoint.fingerprint, seed, settings.n_samples, settings.seq_len, starts_with_bos])
+    return owl_deploy_cache() / "generated" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
+
+
+def must_be_sampled(checkpoint: Checkpoint, settings: CalibrationSettings, *, seed: int) -> bool:
+    """Return whether `calibration_tokens` would have the whole model sample text first."""
+    if settings.calibration != "generated":
+        return False
+    starts_with_bos = settings.bos != "never" and Encoder.open(checkpoint.path).bos_token_id is not None
+    return not _generated_file(checkpoint, settings, seed, starts_with_bos=starts_with_bos).is_file()

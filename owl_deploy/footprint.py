@@ -7,9 +7,12 @@ here; constants are bytes per element that were counted in the code and checked 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from owl_deploy.generation import SAMPLED_TOGETHER
+from owl_deploy.hessian_trace import TRACED_TOKENS
 from owl_deploy.memory import rss_bytes
 from owl_deploy.methods import METHODS
 from owl_deploy.methods.method import Method
@@ -38,26 +41,39 @@ class Footprint:
     """What each phase takes beyond that, without hidden states."""
     hidden_states: int
     """Of all calibration sequences between two blocks; on disk they are one sequence's."""
+    whole_model: dict[str, int]
+    """What phases take that hold the whole model, before there are hidden states."""
 
     def peak(self, *, states_on_disk: bool) -> int:
         """Return the largest sum, in bytes."""
-        return self.held + max(self.phases.values()) + (0 if states_on_disk else self.hidden_states)
+        return self.held + max(size for size, _ in self._sums(states_on_disk).values())
 
     def describe(self, *, states_on_disk: bool) -> str:
         """Say the peak and what it consists of, in GiB."""
-        phase = max(self.phases, key=lambda name: self.phases[name])
-        parts = [f"{self.held / _GIB:.2f} held", f"{self.phases[phase] / _GIB:.2f} {phase}"]
-        states = f"{self.hidden_states / _GIB:.2f} hidden states"
-        parts.append(f"{states} on disk" if states_on_disk else states)
-        return f"{self.peak(states_on_disk=states_on_disk) / _GIB:.2f} GiB ({', '.join(parts)})"
+        sums = self._sums(states_on_disk)
+        phase = max(sums, key=lambda name: sums[name])
+        size, states = sums[phase]
+        parts = [f"{self.held / _GIB:.2f} held", f"{(size - states) / _GIB:.2f} {phase}"]
+        if states_on_disk:
+            parts.append(f"{self.hidden_states / _GIB:.2f} hidden states on disk")
+        elif states:
+            parts.append(f"{states / _GIB:.2f} hidden states")
+        return f"{(self.held + size) / _GIB:.2f} GiB ({', '.join(parts)})"
+
+    def _sums(self, states_on_disk: bool) -> dict[str, tuple[int, int]]:
+        """Return per phase its bytes, and how many of them are hidden states."""
+        states = 0 if states_on_disk else self.hidden_states
+        sums = {name: (size + states, states) for name, size in self.phases.items()}
+        return sums | {name: (size, 0) for name, size in self.whole_model.items()}
 
 
-def predict_footprint(skeleton: Skeleton, settings: PruneSettings) -> Footprint:
+def predict_footprint(skeleton: Skeleton, settings: PruneSettings, *, samples_text: bool = False) -> Footprint:
     """Predict what pruning will hold.
 
     Args:
         skeleton: of the model, empty.
         settings: of the stage.
+        samples_text: whether the model is to generate its calibration text first.
     """
     checkpoint, model = skeleton.checkpoint, skeleton.model
     stored = {name: checkpoint.dtype(name).itemsize for name in checkpoint.tensors}
@@ -97,14 +113,48 @@ def predict_footprint(skeleton: Skeleton, settings: PruneSettings) -> Footprint:
     if settings.allocation == "alphapruning":
         side = max(min(linear.in_features, linear.out_features) for linear in linears)
         phases["spectra"] = block + 4 * 8 * side**2 + 8 * 1024 * widest
+    whole_model = {}
+    if samples_text:
+        whole_model["sampling text"] = _whole(model) + _sampling(model.config, settings)
+    if settings.allocation == "isc" and settings.isc_sensitivity == "hutchinson":
+        whole_model["tracing the loss"] = _tracing(skeleton, settings, widest)
     if settings.allocation == "evopress":
         # The model, its probabilities of the fitness tokens, and logits of a batch with what is made of them.
         vocabulary = _FLOAT * int(model.config.vocab_size)
-        whole = _FLOAT * sum(p.numel() for p in model.parameters())
-        held = whole + vocabulary * (settings.evopress_tokens + 2 * 1024) + working * linear + reading
-        phases["searching levels"] = held + _all_hessians(skeleton, method)
+        held = _whole(model) + vocabulary * (settings.evopress_tokens + 2 * 1024) + working * linear + reading
+        whole_model["searching levels"] = held + _all_hessians(skeleton, method)
     states = _FLOAT * settings.n_samples * settings.seq_len * hidden if method.new_statistic or _sees(settings) else 0
-    return Footprint(rss_bytes(), phases, states)
+    return Footprint(rss_bytes(), phases, states, whole_model)
+
+
+def _whole(model: Any) -> int:
+    """Return the bytes of all parameters."""
+    n_parameters: int = sum(parameter.numel() for parameter in model.parameters())
+    return _FLOAT * n_parameters
+
+
+def _sampling(config: Any, settings: PruneSettings) -> int:
+    """Return the bytes of the keys and values of a batch, and of its logits."""
+    n_heads = int(config.num_attention_heads)
+    n_key_value_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads) * n_key_value_heads
+    batch = min(SAMPLED_TOGETHER, settings.n_samples)
+    # Keys and values grow by a token at a time, by a copy of one block's.
+    cache = 2 * batch * settings.seq_len * width * (int(config.num_hidden_layers) + 1)
+    return _FLOAT * (cache + 4 * batch * int(config.vocab_size))
+
+
+def _tracing(skeleton: Skeleton, settings: PruneSettings, widest: int) -> int:
+    """Return the bytes of a double backward pass: weights, gradients, probes, and the graph of one sequence.
+
+    Fitted to one measured peak, 4.9 GiB for SmolLM2-135M at 256 tokens.
+    """
+    config = skeleton.model.config
+    n_tokens = min(settings.seq_len, TRACED_TOKENS)
+    per_block = n_tokens * (
+        30 * int(config.hidden_size) + 30 * widest + 12 * int(config.num_attention_heads) * n_tokens
+    )
+    return 4 * _whole(skeleton.model) + _FLOAT * len(skeleton.blocks) * per_block
 
 
 def _sees(settings: PruneSettings) -> bool:

@@ -16,10 +16,10 @@ from owl_deploy.errors import OwlDeployError
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.skeleton import open_skeleton
 
-__all__ = ["greedy_tokens", "load_torch_model", "sample_tokens", "torch_logits"]
+__all__ = ["SAMPLED_TOGETHER", "greedy_tokens", "load_torch_model", "sample_tokens", "torch_logits"]
 
 # Sequences sampled side by side: enough to keep the cores busy, and 200 MiB of cache per 512 tokens of SmolLM2.
-_BATCH = 32
+SAMPLED_TOGETHER = 32
 
 
 def load_torch_model(checkpoint: Checkpoint) -> Any:
@@ -60,7 +60,7 @@ def sample_tokens(
     """
     model = load_torch_model(checkpoint)
     generator = torch.Generator().manual_seed(seed)
-    batches = [min(_BATCH, n_samples - start) for start in range(0, n_samples, _BATCH)]
+    batches = [min(SAMPLED_TOGETHER, n_samples - start) for start in range(0, n_samples, SAMPLED_TOGETHER)]
     total = len(batches) * seq_len
     done = 0
     rows: list[torch.Tensor] = []

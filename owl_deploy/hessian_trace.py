@@ -32,9 +32,13 @@ from owl_deploy.skeleton import Prunable, Skeleton
 from owl_deploy.text import tokens_sha256
 from owl_deploy.versions import versions
 
-__all__ = ["Trace", "hessian_traces"]
+__all__ = ["TRACED_SEQUENCES", "TRACED_TOKENS", "Trace", "hessian_traces"]
 
 log = logging.getLogger(__name__)
+
+TRACED_SEQUENCES, TRACED_TOKENS = 16, 256
+"""What an allocation takes of its calibration text: each sequence costs a double backward pass per probe, and memory
+grows with the square of its length."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from safetensors.torch import load_file
 
 from owl_deploy.allocation_file import save_allocation
 from owl_deploy.block_pruning import forward_dtype, prune_block_, statistic_kinds
-from owl_deploy.calibration import Calibration, calibration_tokens
+from owl_deploy.calibration import Calibration, calibration_tokens, must_be_sampled
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.dense_inputs import dense_inputs
 from owl_deploy.devices import resolve_devices
 from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
 from owl_deploy.files import new_folder, write_json, write_tensors
 from owl_deploy.footprint import Footprint, predict_footprint
-from owl_deploy.hessian_trace import hessian_traces
+from owl_deploy.hessian_trace import TRACED_SEQUENCES, TRACED_TOKENS, hessian_traces
 from owl_deploy.layer_sparsities import (
     LayerSparsities,
     needs_dense_inputs,
@@ -70,10 +70,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-_TRACED_SEQUENCES, _TRACED_TOKENS = 16, 256
-"""Each sequence costs a double backward pass per probe, and its memory grows with the square of its length: 4.9 GiB at
-256 tokens of SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
@@ -145,15 +141,16 @@ def prune(
     skeletons = [open_skeleton(checkpoint, device) for device in devices]
     skeleton = skeletons[0]
     refuse_misfits(skeleton, settings)
-    footprint = predict_footprint(skeleton, settings)
+    samples_text = needs_calibration(settings) and must_be_sampled(checkpoint, settings, seed=seed)
+    footprint = predict_footprint(skeleton, settings, samples_text=samples_text)
     on_disk = are_states_on_disk(footprint, max_memory)
+    reset_peak_rss()
     log.info("predicted peak memory: %s", footprint.describe(states_on_disk=on_disk))
     calibration = None
-    if _needs_calibration(settings):
+    if needs_calibration(settings):
         calibration = calibration_tokens(checkpoint, settings, seed=seed, on_step=on_step)
     gc.collect()  # sampling held the whole model
     release_free_memory()
-    reset_peak_rss()
 
     fingerprint = {
         **_fingerprint(checkpoint, settings, calibration, seed, n_threads),
@@ -202,7 +199,7 @@ def allocate(
     Args:
         skeletons: of the dense model, one per device.
         settings: of the stage.
-        calibration: where `_needs_calibration`.
+        calibration: where `needs_calibration`.
         seen: of `dense_inputs`, where the allocation needs it.
         seed: of random probes, and of a search.
         n_threads: of torch.
@@ -215,7 +212,7 @@ def allocate(
     skeleton = skeletons[0]
     traces, tuned = None, None
     if calibration is not None and needs_traces(settings):
-        tokens = torch.from_numpy(calibration.tokens[:_TRACED_SEQUENCES, :_TRACED_TOKENS])
+        tokens = torch.from_numpy(calibration.tokens[:TRACED_SEQUENCES, :TRACED_TOKENS])
         found = hessian_traces(
             skeleton.checkpoint,
             skeleton,
@@ -240,7 +237,7 @@ def allocate(
     return shared if tuned is None else replace(shared, tuning=asdict(tuned))
 
 
-def _needs_calibration(settings: PruneSettings) -> bool:
+def needs_calibration(settings: PruneSettings) -> bool:
     return bool(statistic_kinds(settings)) or any(
         needs(settings) for needs in (needs_dense_inputs, needs_traces, needs_tuning, needs_search)
     )

@@ -2,9 +2,9 @@
 
 With one part this is a plain loop. What all see is merged, so that a block is pruned once.
 
-On the CPU the parts are threads over one and the same block, each with products of one thread of its own: 25 ms a block
-and sequence of SmolLM2-135M against 29 with one sequence after the other and products of two threads (512 tokens), because
-norms, activations and rotations are then shared out too.
+On the CPU the parts are threads over one and the same block, each with products of one thread of its own: 25 ms a
+block and sequence of SmolLM2-135M (512 tokens), against 29 one sequence after the other with products of two threads,
+because norms, activations and rotations are then shared out too.
 """
 
 from __future__ import annotations

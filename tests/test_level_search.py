@@ -225,14 +225,14 @@ def test_nothing_but_the_result_is_left_in_the_cache(
 def test_the_whole_model_is_predicted(tiny_model: Path, text: Path) -> None:
     skeleton = open_skeleton(open_checkpoint(str(tiny_model)))
     phases = {
-        method: predict_footprint(skeleton, settings(text, method=method)).phases["searching levels"]
+        method: predict_footprint(skeleton, settings(text, method=method)).whole_model["searching levels"]
         for method in ("magnitude", "sparsegpt")
     }
     whole = 4 * sum(parameter.numel() for parameter in skeleton.model.parameters())
     assert phases["magnitude"] > whole + 4 * 260 * 192
     assert phases["sparsegpt"] > whole + 2 * 4 * (3 * 64**2 + 96**2)
     uniform = settings(text).model_copy(update={"allocation": "uniform"})
-    assert "searching levels" not in predict_footprint(skeleton, uniform).phases
+    assert "searching levels" not in predict_footprint(skeleton, uniform).whole_model
 
 
 @pytest.mark.parametrize(

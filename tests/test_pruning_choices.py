@@ -12,10 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 from owl_deploy import pruning
 from owl_deploy.cache import owl_deploy_cache
+from owl_deploy.calibration import calibration_tokens, must_be_sampled
+from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import OwlDeployError, RecipeError
+from owl_deploy.footprint import predict_footprint
 from owl_deploy.methods import METHODS
 from owl_deploy.pruning import SparsityReport, prune
 from owl_deploy.recipe import PruneSettings, checked
+from owl_deploy.skeleton import open_skeleton
 
 METHOD_NAMES = get_args(PruneSettings.model_fields["method"].annotation)
 UPDATING = {"sparsegpt", "isc", "alps", "foundation"}
@@ -312,3 +316,23 @@ def test_pattern_sets_sparsity_and_allocation() -> None:
 def test_every_option_of_a_method_is_a_setting() -> None:
     for method in METHODS.values():
         assert set(method.options) <= set(PruneSettings.model_fields)
+
+
+def test_text_that_is_still_to_be_sampled_counts_towards_memory(tiny_model: Path) -> None:
+    skeleton = open_skeleton(open_checkpoint(str(tiny_model)))
+    wanted = PruneSettings(n_samples=7, seq_len=33)
+    assert must_be_sampled(skeleton.checkpoint, wanted, seed=5)
+    known, sampled = (predict_footprint(skeleton, wanted, samples_text=samples) for samples in (False, True))
+    assert "sampling text" not in known.whole_model
+    assert sampled.whole_model["sampling text"] > 4 * sum(p.numel() for p in skeleton.model.parameters())
+    calibration_tokens(skeleton.checkpoint, wanted, seed=5)
+    assert not must_be_sampled(skeleton.checkpoint, wanted, seed=5)
+    assert not must_be_sampled(skeleton.checkpoint, wanted.model_copy(update={"calibration": "python-docs"}), seed=6)
+
+
+def test_hidden_states_count_only_where_they_are_in_memory(tiny_model: Path) -> None:
+    footprint = predict_footprint(open_skeleton(open_checkpoint(str(tiny_model))), PruneSettings())
+    assert footprint.hidden_states == 128 * 2048 * 64 * 4
+    difference = footprint.peak(states_on_disk=False) - footprint.peak(states_on_disk=True)
+    assert difference == footprint.hidden_states
+    assert "hidden states on disk" in footprint.describe(states_on_disk=True)

@@ -66,7 +66,7 @@ def test_masks_are_those_of_one_device_up_to_ties(
 def test_threads_with_sequences_of_their_own_see_the_same(
     options: dict[str, Any], tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = run(tiny_model, text, tmp_path / "one", monkeypatch, 1, threads=1, **options)
+    run(tiny_model, text, tmp_path / "one", monkeypatch, 1, threads=1, **options)
     three = run(tiny_model, text, tmp_path / "three", monkeypatch, 1, threads=3, **options)
     assert torch.get_num_threads() == 3
     a, b = weights_of(tmp_path / "one"), weights_of(tmp_path / "three")
