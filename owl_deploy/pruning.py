@@ -169,6 +169,8 @@ def prune(
     sparsities = allocate(skeletons, settings, calibration, seen, seed, n_threads, folder, on_step)
     if work is None:  # only now: an allocation that refuses the model leaves nothing behind
         work = WorkFolder.open(out, fingerprint, resume=False)
+    asked = {name: goal.sparsity for block in sparsities.goals for name, goal in block.items()}
+    work.keep("asked.json", asked, what="the allocation that was found")
     _prune_blocks(skeletons, settings, calibration, sparsities, seen, folder, work, on_step)
     facts = _facts(skeleton, settings, calibration, seed, sparsities, work)
     skeleton.model.to("meta")
@@ -238,6 +240,7 @@ def allocate(
 
 
 def needs_calibration(settings: PruneSettings) -> bool:
+    """Return whether method, refinement or allocation look at calibration text."""
     return bool(statistic_kinds(settings)) or any(
         needs(settings) for needs in (needs_dense_inputs, needs_traces, needs_tuning, needs_search)
     )

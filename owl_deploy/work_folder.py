@@ -59,6 +59,20 @@ class WorkFolder:
             log.warning("%s is damaged and made anew: %s", self.folder / name, error)
             return None
 
+    def keep(self, name: str, value: Any, *, what: str) -> None:
+        """Write a value the first time, and make sure that it is the same when the run goes on.
+
+        Raises:
+            RecipeError: it is not, which a search that ends by the clock can do where its result left the cache.
+        """
+        before = self.load(name)
+        if before is None:
+            write_json(self.folder / name, value)
+        elif before != value:
+            raise RecipeError(
+                f"cannot resume: {what} differs from that of the stopped run; start anew without --resume"
+            )
+
     def is_finished(self, index: int) -> bool:
         """Return whether a block's record and its shard are there and undamaged."""
         record = self.record(index)

@@ -319,3 +319,13 @@ def test_command_that_was_killed_goes_on_with_resume(model: Path, killed: Path) 
     assert call("prune", "--model", model, *flags, killed.parent / "whole", "--quiet").code == 0
     assert files(killed) == files(killed.parent / "whole")
     assert sorted(item.name for item in killed.parent.iterdir()) == ["out", "whole"]
+
+
+def test_another_allocation_than_before_is_refused(model: Path, tmp_path: Path) -> None:
+    """A search that ends by the clock finds another one where its result left the cache."""
+    work = stopped_after(model, tmp_path / "out", 1)
+    asked = json.loads((work / "asked.json").read_text())
+    asked["model.layers.2.mlp.up_proj"] += 0.01
+    (work / "asked.json").write_text(json.dumps(asked))
+    with pytest.raises(RecipeError, match="the allocation that was found differs from that of the stopped run"):
+        prune(str(model), SETTINGS, out=tmp_path / "out", threads=1, resume=True)
