@@ -88,6 +88,11 @@ class Checkpoint:
             )
         return tensor
 
+    @property
+    def has_weights(self) -> bool:
+        """Return whether there is more than a config.json (see `plan.open_configuration`)."""
+        return any(entry.file.name != "config.json" for entry in self.tensors.values())
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the type that a tensor is stored as.
 

@@ -1,21 +1,20 @@
 """What pruning will do, said before anything is pruned: allocation, memory, time and sizes of what comes out.
 
 In: a model, `PruneSettings`, the artifacts that are to be exported. Out: a `Plan`, numbers that can be printed,
-plotted and written. Memory is predicted by `footprint`; time and sizes are predicted here, from counts of weights,
-not by doing the work. What a data-driven allocation needs to know is found out as prune does it, through the same
-caches. A folder with nothing but a config.json can be planned as well, as far as no weight counts.
+plotted and written. `footprint` predicts memory, `pruning_time` time and `artifact_sizes` sizes, from counts of
+weights, not by doing the work. What a data-driven allocation needs to know is found out as prune does it, through the
+same caches. A folder with nothing but a config.json can be planned as well, as far as no weight counts.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -23,37 +22,26 @@ from accelerate import init_empty_weights
 from owl_deploy import allocation
 from owl_deploy.allocation import MAX_SPARSITY, largest_slope
 from owl_deploy.allocation_figures import FIGURE_NAMES
-from owl_deploy.block_pruning import statistic_kinds
-from owl_deploy.calibration import calibration_tokens
+from owl_deploy.allocation_stage import allocate, asks_calibration, needs_calibration
+from owl_deploy.artifact_sizes import size_facts
+from owl_deploy.calibration import calibration_tokens, must_be_sampled
 from owl_deploy.checkpoint import Checkpoint, TensorEntry, open_checkpoint
-from owl_deploy.dense_inputs import dense_inputs
 from owl_deploy.devices import resolve_devices
-from owl_deploy.errors import EngineUnavailableError, UnsupportedModelError
+from owl_deploy.errors import UnsupportedModelError
 from owl_deploy.files import new_folder, write_bytes, write_json
 from owl_deploy.footprint import predict_footprint
 from owl_deploy.layer_sparsities import (
     LayerSparsities,
-    needs_dense_inputs,
-    needs_search,
-    needs_traces,
-    needs_tuning,
     share_out,
 )
-from owl_deploy.methods import METHODS
 from owl_deploy.methods.method import Goal, n_pruned
 from owl_deploy.pattern import parse_pattern
 from owl_deploy.progress import OnStep, silent
-from owl_deploy.pruning import allocate, are_states_on_disk, refuse_misfits, write_allocation
+from owl_deploy.pruning import are_states_on_disk, refuse_misfits, write_allocation
+from owl_deploy.pruning_time import time_facts
 from owl_deploy.recipe import ArtifactSettings, PruneSettings
 from owl_deploy.skeleton import Prunable, Skeleton, open_skeleton
-from owl_deploy.statistics import Hessian
 from owl_deploy.threads import resolve_threads
-
-if TYPE_CHECKING:
-    import onnx
-
-    from owl_deploy.export.decoder import Decoder, WeightSource
-    from owl_deploy.export.packing import Encoding
 
 __all__ = ["ALL_ARTIFACTS", "Plan", "open_configuration", "plan_pruning", "write_plan"]
 
@@ -121,9 +109,12 @@ def plan_pruning(
     skeletons = [open_skeleton(checkpoint, one) for one in resolve_devices(device)]
     skeleton = skeletons[0]
     refuse_misfits(skeleton, settings)
-    footprint = predict_footprint(skeleton, settings)
+    has_weights = checkpoint.has_weights
+    samples_text = needs_calibration(settings) and settings.calibration == "generated"
+    if samples_text and has_weights:
+        samples_text = must_be_sampled(checkpoint, settings, seed=seed)
+    footprint = predict_footprint(skeleton, settings, samples_text=samples_text)
     on_disk = are_states_on_disk(footprint, max_memory)
-    has_weights = _has_weights(checkpoint)
     sparsities = None
     if has_weights or not _looks_at_weights(settings):
         sparsities = _allocated(skeletons, settings, seed, n_threads, on_step, on_disk=on_disk)
@@ -142,13 +133,15 @@ def plan_pruning(
         "memory": {
             "peak_bytes": footprint.peak(states_on_disk=on_disk),
             "held_bytes": footprint.held,
-            "phases": footprint.phases,
+            "phases": {**footprint.phases, **footprint.whole_model},
             "hidden_states_bytes": footprint.hidden_states,
             "are_hidden_states_on_disk": on_disk,
             "max_memory": max_memory,
         },
-        "time": _time_facts(skeleton, settings, linears, n_threads, is_known=sparsities is not None),
-        "sizes": _size_facts(checkpoint, linears, artifacts),
+        "time": time_facts(
+            skeleton, settings, linears, n_threads, is_known=sparsities is not None, samples_text=samples_text
+        ),
+        "sizes": size_facts(checkpoint, linears, artifacts),
     }
     return Plan({**facts, "notes": _notes(settings, facts)}, sparsities)
 
@@ -166,9 +159,6 @@ def write_plan(plan: Plan, out: Path, *, force: bool = False) -> None:
         if plan.sparsities is not None:
             write_allocation(folder / "allocation.json", plan.sparsities)
         write_bytes(folder / "plan.svg", plan_svg(plan.facts))
-
-
-# --- Models ---------------------------------------------------------------------------------------
 
 
 def open_configuration(folder: Path) -> Checkpoint:
@@ -206,10 +196,6 @@ def _opened(model: str, *, offline: bool) -> Checkpoint:
     return open_checkpoint(model, offline=offline)
 
 
-def _has_weights(checkpoint: Checkpoint) -> bool:
-    return any(entry.file.name != "config.json" for entry in checkpoint.tensors.values())
-
-
 def _model_facts(skeleton: Skeleton, *, has_weights: bool) -> dict[str, Any]:
     checkpoint = skeleton.checkpoint
     n_weights = skeleton.n_weights()
@@ -226,15 +212,8 @@ def _model_facts(skeleton: Skeleton, *, has_weights: bool) -> dict[str, Any]:
     }
 
 
-# --- Allocation -----------------------------------------------------------------------------------
-
-
-_NEEDS = (needs_dense_inputs, needs_traces, needs_tuning, needs_search)
-"""What an allocation may ask of calibration."""
-
-
 def _looks_at_weights(settings: PruneSettings) -> bool:
-    return settings.allocation in FIGURE_NAMES or any(needs(settings) for needs in _NEEDS)
+    return settings.allocation in FIGURE_NAMES or asks_calibration(settings)
 
 
 def _uniform(settings: PruneSettings) -> PruneSettings:
@@ -245,13 +224,14 @@ def _allocated(
     skeletons: Sequence[Skeleton], settings: PruneSettings, seed: int, n_threads: int, on_step: OnStep, *, on_disk: bool
 ) -> LayerSparsities:
     """Share out the target as prune does; what is learned from the model stays in the cache for it."""
-    calibration, seen = None, None
-    if any(needs(settings) for needs in _NEEDS):
+    calibration = None
+    if asks_calibration(settings):
         calibration = calibration_tokens(skeletons[0].checkpoint, settings, seed=seed, on_step=on_step)
     with _scratch(on_disk=on_disk) as folder:
-        if calibration is not None and needs_dense_inputs(settings):
-            seen = dense_inputs(skeletons, calibration, on_step, n_threads=n_threads, folder=folder)
-        return allocate(skeletons, settings, calibration, seen, seed, n_threads, folder, on_step)
+        sparsities, _ = allocate(
+            skeletons, settings, calibration, seed=seed, n_threads=n_threads, folder=folder, on_step=on_step
+        )
+        return sparsities
 
 
 @contextmanager
@@ -364,417 +344,6 @@ def _sparsity_facts(skeleton: Skeleton, settings: PruneSettings, linears: list[d
     }
 
 
-# --- Time -----------------------------------------------------------------------------------------
-#
-# Constants were fitted to SmolLM2-135M, 8 x 256 tokens, one thread of an AVX-512 server, CPU seconds of the phases
-# against the speed of its own matrix products.
-
-_MEASURE_SECONDS = 0.3
-_OVERHEAD = 1.3
-"""Of a forward pass, beside its products: norms, rotation, softmax, activation."""
-_FILL_NS = 6.0
-"""Per weight of a block that is read, checked and converted."""
-_SCORE_NS = 30.0
-"""Per weight that is scored, selected, zeroed, hashed and written; selection runs on one thread."""
-_INVERSE_FLOP = 3.0
-"""Times n^3: two Cholesky factorisations and an inverse, which are slower than products."""
-_COLUMN_NS = 90_000.0
-"""Per column of a sweep: a dozen calls of torch."""
-_SWEEP_NS = 40.0
-"""Per weight of a sweep: a rank-one update of its slab, half a block wide on average."""
-_EIGENVALUES_FLOP, _EIGENVECTORS_FLOP = 8.0, 25.0
-"""Times n^3, in float64."""
-_ALPS_ITERATIONS = 60
-_DSNOT_NS = 120.0
-_TRACE_PASSES = 8
-"""Forward passes that a double backward pass of one probe costs."""
-_N_SLOPES, _FEW_SEQUENCES = 9, 16
-"""As `ramp_tuning` and the traces of `pruning` take them."""
-_SAMPLING_OVERHEAD = 4.0
-"""A step of sampling multiplies 32 rows at most, which memory bounds."""
-
-
-def _time_facts(
-    skeleton: Skeleton, settings: PruneSettings, linears: list[dict[str, Any]], n_threads: int, *, is_known: bool
-) -> dict[str, Any]:
-    """Predict seconds per phase; what the plan has found out already lies in the cache, and takes none again."""
-    speed = _flop_per_second(skeleton, settings)
-    work = _Work.of(skeleton, settings)
-    per_weight = 1e-9 / n_threads
-    n_prunable = sum(skeleton.n_weights())
-    figures = _FILL_NS * per_weight * n_prunable
-    learning: dict[str, float] = {}
-    if needs_dense_inputs(settings):
-        learning["inputs of the dense model"] = work.forward_flop / speed + figures
-    share = min(1.0, _FEW_SEQUENCES / settings.n_samples)
-    if needs_traces(settings):
-        n_passes = 3 + _TRACE_PASSES * settings.isc_probes
-        learning["traces of the loss Hessian"] = n_passes * share * work.forward_flop / speed
-    if needs_tuning(settings):
-        once = (1 + work.observed_share) * share * work.forward_flop / speed + _SCORE_NS * 1e-9 * n_prunable
-        learning["tuning the slope"] = _N_SLOPES * once
-    if settings.allocation == "alphapruning":
-        learning["spectra"] = _spectra_flop(linears) / speed
-    if needs_search(settings):
-        # Offspring on few tokens, the best of them and their parent on all.
-        once = 2 * settings.evopress_tokens / (settings.n_samples * settings.seq_len) * work.forward_flop / speed
-        search = settings.evopress_generations * once
-        learning["searching levels"] = work.forward_flop / speed + min(
-            search, settings.evopress_budget_seconds or search
-        )
-    phases = dict(learning)
-    if settings.allocation in ("owl", "dlp"):
-        phases["figures of the dense model"] = figures + 10 * per_weight * n_prunable
-    passes = 0.0
-    if statistic_kinds(settings):
-        passes = 1 + work.observed_share * (work.n_stages if settings.true_sequential else 1)
-    phases["pruning blocks"] = (
-        passes * work.forward_flop / speed
-        + work.method_flop / speed
-        + n_prunable * (_FILL_NS * per_weight + _SCORE_NS * 1e-9)
-        + work.overhead_seconds
-    )
-    in_cache = sorted(learning) if is_known and _has_weights(skeleton.checkpoint) else []
-    sampling = None
-    if settings.calibration == "generated" and not in_cache and (statistic_kinds(settings) or learning):
-        n_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
-        tokens = settings.n_samples * settings.seq_len
-        sampling = _SAMPLING_OVERHEAD * 2 * n_parameters * tokens / speed
-    return {
-        "seconds": sum(seconds for name, seconds in phases.items() if name not in in_cache),
-        "phases": phases,
-        "in_cache": in_cache,
-        "sampling_seconds": sampling,
-        "threads": n_threads,
-        "device": skeleton.device.type,
-        "flop_per_second": speed,
-    }
-
-
-def _flop_per_second(skeleton: Skeleton, settings: PruneSettings) -> float:
-    """Measure float32 matrix products of about the shapes of this model."""
-    shapes = [(linear.out_features, linear.in_features) for linear in skeleton.linears(0).values()]
-    n_out, n_in = (min(2048, size) for size in max(shapes, key=math.prod))
-    on = skeleton.device
-    inputs = torch.ones(min(512, settings.seq_len), n_in, device=on)
-    weight = torch.ones(n_out, n_in, device=on)
-    torch.nn.functional.linear(inputs, weight)  # starts the threads
-    count, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < _MEASURE_SECONDS or not count:
-        float(torch.nn.functional.linear(inputs, weight)[0, 0])  # waits for an accelerator
-        count += 1
-    return 2 * inputs.numel() * n_out * count / elapsed
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What the pruning of all blocks consists of."""
-
-    forward_flop: float
-    """All calibration sequences through all blocks, overhead included."""
-    observed_share: float
-    """Of a forward pass: observing stops before the last linear."""
-    n_stages: int
-    """Groups of linears with the same inputs in a block."""
-    method_flop: float
-    """Hessians, their inverses, products of the method."""
-    overhead_seconds: float
-    """Of many small calls, whatever the speed of products."""
-
-    @classmethod
-    def of(cls, skeleton: Skeleton, settings: PruneSettings) -> _Work:
-        n_tokens = settings.n_samples * settings.seq_len
-        active = _active_share(skeleton.model.config)
-        method = METHODS[settings.method]
-        forward = flop = overhead = n_last = n_all = 0.0
-        n_stages = 1
-        for index in range(len(skeleton.blocks)):
-            linears = skeleton.linears(index)
-            shares = {name: active if linear.is_expert else 1.0 for name, linear in linears.items()}
-            n_active = sum(shares[name] * linear.weight.numel() for name, linear in linears.items())
-            attention = 2 * settings.seq_len * int(skeleton.model.config.hidden_size)
-            forward += _OVERHEAD * 2 * n_tokens * (n_active + attention)
-            n_all += n_active
-            if not any(linear.is_expert for linear in linears.values()):
-                n_last += list(linears.values())[-1].weight.numel()
-            groups = _input_groups(linears)
-            n_stages = max(n_stages, len(groups))
-            if method.new_statistic is Hessian:
-                for names in groups:
-                    side = linears[names[0]].in_features
-                    flop += 2 * n_tokens * shares[names[0]] * side**2
-                    if method.name != "alps":
-                        flop += _INVERSE_FLOP * side**3
-            for linear in linears.values():
-                flop += _method_flop(settings, linear)
-                overhead += _method_overhead(settings, linear)
-        return cls(forward, 1 - n_last / n_all, n_stages, flop, overhead)
-
-
-def _active_share(config: Any) -> float:
-    """Return the share of the experts that a token is routed to."""
-    sizes = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
-    n_experts = next((size for size in sizes if isinstance(size, int) and size > 0), 1)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return min(1.0, chosen / n_experts) if isinstance(chosen, int) else 1.0
-
-
-def _input_groups(linears: Mapping[str, Prunable]) -> list[list[str]]:
-    """Return the linears that are called with the same tensor, going by roles and usual names: no block is run."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, linear in linears.items():
-        parent, _, own = name.rpartition(".")
-        if linear.role in ("gate", "up"):
-            key = (str(linear.mlp), "gate and up")
-        elif own in ("q_proj", "k_proj", "v_proj", "query", "key", "value"):
-            key = (parent, "attention")
-        else:
-            key = (name, "")
-        groups.setdefault(key, []).append(name)
-    return list(groups.values())
-
-
-def _method_flop(settings: PruneSettings, linear: Prunable) -> float:
-    """Return the products of a method with one linear, without what its Hessian takes."""
-    rows, columns = linear.out_features, linear.in_features
-    if settings.method in ("sparsegpt", "isc"):
-        return rows * columns**2
-    if settings.method == "alps":
-        # Every third iteration a new rho asks for a new inverse.
-        iteration = 2 * rows * columns**2 + 2 * columns**3 / 3
-        return _ALPS_ITERATIONS * iteration + _EIGENVECTORS_FLOP * columns**3
-    if settings.method == "foundation":
-        # A system for every row, the smaller of the two; gathered and factorised, in small batches.
-        side = min(settings.sparsity, 1 - settings.sparsity) * columns
-        return rows * columns**2 + rows * (3 * side**3 + 1400 * side**2)
-    return 0.0
-
-
-def _method_overhead(settings: PruneSettings, linear: Prunable) -> float:
-    """Return the seconds of a method with one linear that no product accounts for."""
-    rows, columns = linear.out_features, linear.in_features
-    seconds = _DSNOT_NS * 1e-9 * rows * columns if settings.refine == "dsnot" else 0.0
-    if settings.method in ("sparsegpt", "isc"):
-        seconds += 1e-9 * (_COLUMN_NS * columns + _SWEEP_NS * rows * columns)
-    if settings.method == "alps":
-        seconds += _ALPS_ITERATIONS * 1e-9 * _SCORE_NS * rows * columns
-    return seconds
-
-
-def _spectra_flop(linears: list[dict[str, Any]]) -> float:
-    """Return the work of the eigenvalues of every linear's smaller Gram matrix, in float64."""
-    total = 0.0
-    for linear in linears:
-        small, large = sorted(linear["shape"])
-        total += 2 * 2 * large * small**2 + _EIGENVALUES_FLOP * small**3
-    return total
-
-
-# --- Sizes ----------------------------------------------------------------------------------------
-
-
-def _size_facts(
-    checkpoint: Checkpoint, linears: list[dict[str, Any]], artifacts: Sequence[ArtifactSettings]
-) -> dict[str, Any]:
-    """Predict the bytes of the sparse checkpoint and of every artifact, as what lies in their folders."""
-    stored = sum(checkpoint.dtype(name).itemsize * math.prod(e.shape) for name, e in checkpoint.tensors.items())
-    # Headers of the shards and the index name every tensor; owl.json and allocation.json every linear.
-    sizes: dict[str, Any] = {
-        "checkpoint_bytes": stored + _copied_bytes(checkpoint) + 200 * len(checkpoint.tensors) + 450 * len(linears),
-        "artifacts": [],
-        "reason": None,
-    }
-    try:
-        sizes["artifacts"] = [_artifact_facts(checkpoint, linears, artifact) for artifact in artifacts]
-    except UnsupportedModelError as error:
-        sizes["reason"] = str(error)
-    return sizes
-
-
-def _copied_bytes(checkpoint: Checkpoint) -> int:
-    """Return the bytes of configuration and tokenizer, which come along."""
-    ours = ("owl.json", "allocation.json", "measured.json")
-    return sum(
-        file.stat().st_size
-        for file in checkpoint.path.iterdir()
-        if file.is_file()
-        and file.suffix in (".json", ".jinja", ".txt", ".model")
-        and file.name not in ours
-        and not file.name.endswith(".index.json")
-    )
-
-
-def _artifact_facts(
-    checkpoint: Checkpoint, linears: list[dict[str, Any]], settings: ArtifactSettings
-) -> dict[str, Any]:
-    """Predict one artifact: its graph is written without its weights, and those are counted.
-
-    Raises:
-        UnsupportedModelError: there is no graph for this model.
-    """
-    from owl_deploy.export.decoder import read_decoder
-
-    decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
-    zeros = {}
-    if settings.checkpoint == "pruned":
-        zeros = {f"{linear['name']}.weight": linear["n_zeros"] for linear in linears}
-    reason = None
-    if settings.weights == "sparse-operator":
-        n_bytes, encodings = _packed_bytes(checkpoint, decoder, zeros, settings)
-        try:
-            from owl_deploy.kernels import library_path
-
-            n_bytes += library_path().stat().st_size
-        except EngineUnavailableError as error:
-            reason = str(error)
-    else:
-        n_bytes, encodings, reason = _plain_bytes(checkpoint, decoder, zeros, settings)
-    keys = {"name", "checkpoint", "target", "weights", "precision"}
-    return {
-        **settings.model_dump(mode="json", include=keys),
-        "bytes": n_bytes + _copied_bytes(checkpoint) + _GENAI_CONFIG_BYTES,
-        "bytes_dense": 4 * _n_exported(checkpoint),
-        "encodings": encodings,
-        **({"reason": reason} if reason else {}),
-    }
-
-
-_GENAI_CONFIG_BYTES = 1500
-_PAGE = 4096
-"""Every tensor of the data file begins at a multiple."""
-
-
-def _n_exported(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-
-
-def _plain_bytes(
-    checkpoint: Checkpoint, decoder: Decoder, zeros: Mapping[str, int], settings: ArtifactSettings
-) -> tuple[int, dict[str, int], str | None]:
-    """Return the bytes of model.onnx and its data, how often each encoding is used, and why it cannot be, if so."""
-    from owl_deploy.export.deepsparse_graph import deepsparse_graph
-    from owl_deploy.export.initializers import INLINE_LIMIT
-    from owl_deploy.export.onnxruntime_graph import onnxruntime_graph
-
-    graph, weights = {"onnxruntime": onnxruntime_graph, "deepsparse": deepsparse_graph}[settings.target](decoder)
-    sources = {name: _shape_of(checkpoint, source) for name, source in weights.items()}
-    is_sparse = settings.weights == "sparse-initializer"
-    chosen = {
-        name: _smallest(
-            shape,
-            zeros.get(weights[name].tensor, 0),
-            is_sparse=is_sparse,
-            allows_varint=settings.target == "onnxruntime",
-        )
-        for name, shape in sources.items()
-    }
-    inline = sum(n for encoding, n in chosen.values() if encoding != "dense")
-    reason = None
-    if inline > INLINE_LIMIT:
-        chosen = {
-            name: _smallest(shape, zeros.get(weights[name].tensor, 0), is_sparse=True, allows_varint=False)
-            for name, shape in sources.items()
-        }
-        inline = 0
-        if settings.target == "deepsparse":
-            reason = f"its sparse initializers do not fit inside model.onnx ({INLINE_LIMIT / 1e9:g} GB)"
-    data = _DataFile(graph)
-    for name, (encoding, n_bytes) in chosen.items():
-        if encoding == "dense" or not inline:
-            data.add(name, sources[name], n_bytes)
-    counts: dict[str, int] = {}
-    for name, (encoding, _) in chosen.items():
-        if len(sources[name]) == 2:
-            counts[encoding] = counts.get(encoding, 0) + 1
-    return data.n_bytes + graph.ByteSize() + inline, counts, reason
-
-
-def _shape_of(checkpoint: Checkpoint, source: WeightSource) -> tuple[int, ...]:
-    shape = checkpoint.tensors[source.tensor].shape
-    return shape[::-1] if source.is_transposed else shape
-
-
-def _smallest(shape: tuple[int, ...], n_zeros: int, *, is_sparse: bool, allows_varint: bool) -> tuple[str, int]:
-    """Return the smallest encoding of a weight, and the bytes of it with zeros spread evenly."""
-    size = math.prod(shape)
-    sizes = {"dense": 4 * size}
-    if is_sparse and len(shape) == 2:
-        n = size - n_zeros
-        if allows_varint:
-            # A varint takes another byte from every power of 128 on.
-            longer = sum(max(0, size - (1 << 7 * k)) for k in range(1, 10))
-            sizes["coo-varint"] = round(4 * n + n + n * longer / size)
-        if size < 2**31:
-            sizes["coo-int32"] = 8 * n
-        else:
-            sizes["coo-int64"] = 12 * n
-    best = min(sizes, key=lambda encoding: sizes[encoding])
-    return best, sizes[best]
-
-
-def _packed_bytes(
-    checkpoint: Checkpoint, decoder: Decoder, zeros: Mapping[str, int], settings: ArtifactSettings
-) -> tuple[int, dict[str, int]]:
-    """Return the bytes of model.onnx and its data, and how often each encoding is used."""
-    from owl_deploy.export.cost_model import choose_encoding
-    from owl_deploy.export.machine_class import this_machine_class
-    from owl_deploy.export.onnxruntime_graph import sparse_operator_graph
-    from owl_deploy.export.packing import packed_bytes
-
-    precision = settings.precision
-    head = settings.head_precision
-    if head == "auto":
-        head = "int8" if precision == "int4" else precision
-    machine = this_machine_class() if settings.machine == "auto" else settings.machine
-    graph, weights, packed = sparse_operator_graph(decoder, precision=precision, head_precision=head)
-    data = _DataFile(graph)
-    for name, source in weights.items():
-        data.add(name, _shape_of(checkpoint, source), 4 * math.prod(checkpoint.tensors[source.tensor].shape))
-    counts: dict[str, int] = {}
-    for linear in packed.values():
-        shapes = [checkpoint.tensors[f"{part}.weight"].shape for part in linear.parts]
-        shape = (sum(rows for rows, _ in shapes), shapes[0][1])
-        n_nonzeros = math.prod(shape) - sum(zeros.get(f"{part}.weight", 0) for part in linear.parts)
-        encoding: Encoding = "dense"
-        if linear.is_gathered:
-            pass  # its rows have to lie one behind the other
-        elif settings.encoding == "auto":
-            encoding = choose_encoding(shape, n_nonzeros, linear.precision, machine_class=machine)
-        else:
-            encoding = settings.encoding
-        n_bytes = packed_bytes(shape, n_nonzeros, linear.precision, encoding, 0 if linear.is_gathered else None)
-        if encoding != "dense":  # rows end at multiples of 8 bytes
-            value = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}[linear.precision]
-            n_bytes += round(shape[0] * (8 - value) / 2)
-        data.add(linear.matrix_name, (n_bytes,), n_bytes)
-        if linear.has_bias:
-            data.add(linear.bias_name, (shape[0],), 4 * shape[0])
-        counts[f"packed-{encoding}"] = counts.get(f"packed-{encoding}", 0) + 1
-    return data.n_bytes + graph.ByteSize(), counts
-
-
-class _DataFile:
-    """The layout of model.onnx.data: what is added is named in the graph, so that its size is known too."""
-
-    def __init__(self, graph: onnx.ModelProto) -> None:
-        self.graph = graph
-        self.n_bytes = 0
-
-    def add(self, name: str, shape: tuple[int, ...], n_bytes: int) -> None:
-        """Place a tensor behind the others."""
-        from onnx import TensorProto
-
-        from owl_deploy.export.initializers import external_tensor
-
-        self.n_bytes += -self.n_bytes % _PAGE
-        tensor = external_tensor(name, TensorProto.FLOAT, shape, offset=self.n_bytes, length=n_bytes)
-        self.graph.graph.initializer.append(tensor)
-        self.n_bytes += n_bytes
-
-
-# --- Notes ----------------------------------------------------------------------------------------
-
-
 def _notes(settings: PruneSettings, facts: Mapping[str, Any]) -> list[str]:
     """Return what a reader should not find out afterwards, a sentence each."""
     notes = []
@@ -789,18 +358,6 @@ def _notes(settings: PruneSettings, facts: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"{len(low)} of {len(asked)} blocks are asked for less than {_NO_SPEEDUP:.0%} (the lowest {min(low):.1%}): "
             "they will hardly be faster than dense ones."
-        )
-    if needs_traces(settings):
-        n_weights, n_parameters = facts["model"]["n_prunable"], facts["model"]["n_parameters"]
-        notes.append(
-            "Traces of the loss Hessian hold the whole model, its gradients, signs and products, about "
-            f"{(4 * n_parameters + 12 * n_weights) / 2**30:.0f} GiB, which the peak does not count."
-        )
-    if settings.calibration == "generated" and facts["time"]["sampling_seconds"] is not None:
-        n_parameters = facts["model"]["n_parameters"]
-        notes.append(
-            "Sampling calibration text, the first time, holds the whole model: about "
-            f"{4 * n_parameters / 2**30:.1f} GiB."
         )
     if facts["time"]["device"] != "cpu":
         notes.append(f"The time was never compared with runs on {facts['time']['device']}: it may be far off.")

@@ -18,7 +18,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,31 +26,20 @@ import torch
 from safetensors.torch import load_file
 
 from owl_deploy.allocation_file import save_allocation
+from owl_deploy.allocation_stage import allocate, needs_calibration
 from owl_deploy.block_pruning import forward_dtype, prune_block_, statistic_kinds
 from owl_deploy.calibration import Calibration, calibration_tokens, must_be_sampled
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.dense_inputs import dense_inputs
 from owl_deploy.devices import resolve_devices
 from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
 from owl_deploy.files import new_folder, write_json, write_tensors
 from owl_deploy.footprint import Footprint, predict_footprint
-from owl_deploy.hessian_trace import TRACED_SEQUENCES, TRACED_TOKENS, hessian_traces
-from owl_deploy.layer_sparsities import (
-    LayerSparsities,
-    needs_dense_inputs,
-    needs_search,
-    needs_traces,
-    needs_tuning,
-    of_linears,
-    share_out,
-)
-from owl_deploy.level_search import search_levels
+from owl_deploy.layer_sparsities import LayerSparsities
 from owl_deploy.memory import available_bytes, peak_rss_bytes, release_free_memory, reset_peak_rss, rss_bytes
 from owl_deploy.methods import METHODS
 from owl_deploy.observation import Observed
 from owl_deploy.pattern import parse_pattern
 from owl_deploy.progress import OnStep, Step, silent
-from owl_deploy.ramp_tuning import tune_slope
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.replicas import Replicas
 from owl_deploy.skeleton import Skeleton, open_skeleton
@@ -61,7 +50,6 @@ from owl_deploy.work_folder import WorkFolder
 
 __all__ = [
     "SparsityReport",
-    "allocate",
     "are_states_on_disk",
     "prune",
     "prune_versions",
@@ -161,12 +149,9 @@ def prune(
     if on_disk:
         folder = out.parent
         folder.mkdir(parents=True, exist_ok=True)
-    seen = None
-    if calibration is not None and needs_dense_inputs(settings):
-        seen = dense_inputs(
-            skeletons, calibration, on_step, n_threads=n_threads, dtype=forward_dtype(settings), folder=folder
-        )
-    sparsities = allocate(skeletons, settings, calibration, seen, seed, n_threads, folder, on_step)
+    sparsities, seen = allocate(
+        skeletons, settings, calibration, seed=seed, n_threads=n_threads, folder=folder, on_step=on_step
+    )
     if work is None:  # only now: an allocation that refuses the model leaves nothing behind
         work = WorkFolder.open(out, fingerprint, resume=False)
     asked = {name: goal.sparsity for block in sparsities.goals for name, goal in block.items()}
@@ -184,66 +169,6 @@ def prune(
             max_memory / 2**30,
         )
     return SparsityReport(out, facts, totals["seconds"], totals["peak_rss_bytes"])
-
-
-def allocate(
-    skeletons: Sequence[Skeleton],
-    settings: PruneSettings,
-    calibration: Calibration | None,
-    seen: list[dict[str, Observed]] | None,
-    seed: int,
-    n_threads: int,
-    folder: Path | None,
-    on_step: OnStep,
-) -> LayerSparsities:
-    """Find out what the allocation needs to know, and share out the target.
-
-    Args:
-        skeletons: of the dense model, one per device.
-        settings: of the stage.
-        calibration: where `needs_calibration`.
-        seen: of `dense_inputs`, where the allocation needs it.
-        seed: of random probes, and of a search.
-        n_threads: of torch.
-        folder: for hidden states, where they are to be on disk.
-        on_step: told of every block.
-
-    Raises:
-        OwlDeployError: and its subclasses.
-    """
-    skeleton = skeletons[0]
-    traces, tuned = None, None
-    if calibration is not None and needs_traces(settings):
-        tokens = torch.from_numpy(calibration.tokens[:TRACED_SEQUENCES, :TRACED_TOKENS])
-        found = hessian_traces(
-            skeleton.checkpoint,
-            skeleton,
-            tokens,
-            n_probes=settings.isc_probes,
-            seed=seed,
-            threads=n_threads,
-            on_step=on_step,
-        )
-        traces = {name: trace.mean for name, trace in found.items()}
-    if calibration is not None and needs_tuning(settings):
-        tuned = tune_slope(skeletons, settings, calibration, on_step, n_threads=n_threads, folder=folder)
-        settings = settings.model_copy(update={"ramp_slope": tuned.slope})
-    if calibration is not None and needs_search(settings):
-        at_start = settings.model_copy(update={"allocation": settings.evopress_start})
-        start = share_out(skeleton, at_start, seen, None, on_step).goals
-        searched = search_levels(
-            skeletons, settings, start, calibration, seen, on_step, seed=seed, n_threads=n_threads, folder=folder
-        )
-        return replace(of_linears(skeleton, settings, searched.sparsities), tuning=searched.facts)
-    shared = share_out(skeleton, settings, seen, traces, on_step)
-    return shared if tuned is None else replace(shared, tuning=asdict(tuned))
-
-
-def needs_calibration(settings: PruneSettings) -> bool:
-    """Return whether method, refinement or allocation look at calibration text."""
-    return bool(statistic_kinds(settings)) or any(
-        needs(settings) for needs in (needs_dense_inputs, needs_traces, needs_tuning, needs_search)
-    )
 
 
 def are_states_on_disk(footprint: Footprint, max_memory: int | None) -> bool:
