@@ -276,7 +276,7 @@ def print_sweep(document: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from owl_deploy.sweep import lowest, perplexity_text, table_rows
+    from owl_deploy.sweep_tables import lowest, perplexity_text, table_rows
 
     console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
     sparsities, rows = table_rows(document)

@@ -7,10 +7,8 @@ no path of this machine, so that they can be published. What a method or a text 
 
 from __future__ import annotations
 
-import csv
 import functools
 import gc
-import io
 import json
 import logging
 import math
@@ -18,7 +16,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -33,11 +31,12 @@ from owl_deploy.memory import available_bytes, release_free_memory
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.pruning import prune, prune_versions
 from owl_deploy.recipe import EvalSettings, PruneSettings, Recipe, SweepSettings, expanded_grid
+from owl_deploy.sweep_tables import FIGURES, as_csv, as_markdown
 from owl_deploy.text import Encoder
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import commit
 
-__all__ = ["Cell", "lowest", "perplexity_text", "plan", "run_sweep", "sweep_cells", "table_rows", "with_local_texts"]
+__all__ = ["Cell", "plan", "run_sweep", "sweep_cells", "with_local_texts"]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ log = logging.getLogger(__name__)
 # 2 cores) it takes 6.7 s: groups of four save 29 %, and no group could save more than 39 %.
 _GROUP = 4
 
-_FIGURES = ("perplexity", "kl_divergence", "top1_agreement")
+
 _KINDS_WITH_PATH = ("text", "jsonl", "wikitext2", "c4", "file")
 
 
@@ -489,8 +488,8 @@ def _write_results(job: _Job, command: str) -> dict[str, Any]:
     document = _document(job, command)
     out = job.folder.parent
     write_json(out / "results.json", document)
-    write_bytes(out / "results.md", _markdown(document).encode())
-    write_bytes(out / "results.csv", _csv(document).encode())
+    write_bytes(out / "results.md", as_markdown(document).encode())
+    write_bytes(out / "results.csv", as_csv(document).encode())
     return document
 
 
@@ -537,118 +536,7 @@ def _row(cell: Cell, found: dict[str, Any] | None) -> dict[str, Any]:
         **head,
         "status": "ok",
         "realised": found["sparsity"],
-        "evaluations": [{key: item[key] for key in _FIGURES} for item in found["evaluations"]],
+        "evaluations": [{key: item[key] for key in FIGURES} for item in found["evaluations"]],
         **{key: found[key] for key in ("mask_sha256", "seconds", "peak_rss_bytes", "threads", "notes")},
         "calibration": found["calibration"],
     }
-
-
-def table_rows(document: dict[str, Any]) -> tuple[list[float], dict[tuple[str, str, str], dict[float, dict[str, Any]]]]:
-    """Arrange the rows of a result as a table.
-
-    Args:
-        document: content of results.json.
-
-    Returns:
-        The columns, sparsities in ascending order; and by (method, allocation, other settings) the row of each.
-    """
-    rows: dict[tuple[str, str, str], dict[float, dict[str, Any]]] = {}
-    for row in document["rows"]:
-        others = ", ".join(f"{key} {value}" for key, value in row.get("settings", {}).items())
-        rows.setdefault((row["method"], row["allocation"], others), {})[row["sparsity"]] = row
-    return sorted({row["sparsity"] for row in document["rows"]}), rows
-
-
-def lowest(document: dict[str, Any], index: int) -> dict[float, float]:
-    """Return the lowest perplexity of every sparsity that has one, on the text of that index."""
-    best: dict[float, float] = {}
-    for row in document["rows"]:
-        if row["status"] == "ok":
-            value = row["evaluations"][index]["perplexity"]
-            best[row["sparsity"]] = min(value, best.get(row["sparsity"], math.inf))
-    return best
-
-
-def perplexity_text(value: float) -> str:
-    """Return a perplexity as tables show it: two decimals up to a thousand, four digits or so above."""
-    return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"
-
-
-def _markdown(document: dict[str, Any]) -> str:
-    """Return the tables: one per evaluation text, with all that its numbers depend on."""
-    rows = document["rows"]
-    counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "pending")}
-    missing = "".join(f", {counts[status]} {status}" for status in ("failed", "pending") if counts[status])
-    lines = [
-        f"# Pruned checkpoints of {document['model']}",
-        "",
-        f"Made by `{document['command']}`: {counts['ok']} of {len(rows)} cells measured{missing}.",
-        "",
-        "Perplexity by sparsity of the linears, and in brackets the KL divergence from the dense model in nats. Lower "
-        "is better; the lowest perplexity of each column is bold.",
-        "",
-    ]
-    for facts in document["calibration"]:
-        lines.append(
-            f"- Calibration: {facts['source']}, {facts['n_samples']} sequences of {facts['seq_len']} tokens, "
-            f"seed {facts['seed']}, tokens {facts['tokens_sha256'][:16]}"
-        )
-    lines.append("- Versions: " + ", ".join(f"{name} {version}" for name, version in document["versions"].items()))
-    for index, text in enumerate(document["texts"]):
-        lines += ["", *_text_table(document, index, text)]
-    failed = [f"- {row['name']}: {row['reason']}" for row in rows if row["status"] == "failed"]
-    notes = [f"- {row['name']}: {note}" for row in rows for note in row.get("notes", ())]
-    for title, sentences in (("Failed", failed), ("Notes", notes)):
-        if sentences:
-            lines += ["", f"## {title}", "", *sentences]
-    return "\n".join(lines) + "\n"
-
-
-def _text_table(document: dict[str, Any], index: int, text: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of one table."""
-    sparsities, rows = table_rows(document)
-    best = lowest(document, index)
-    heads = ["method", "allocation", *(["settings"] if any(others for _, _, others in rows) else [])]
-    dense = perplexity_text(document["dense"]["evaluations"][index]["perplexity"])
-    bos = "starts with BOS" if text["starts_with_bos"] else "no BOS"
-    yield f"## {text['text']}"
-    yield ""
-    yield f"{text['n_windows']} windows of {text['window']} tokens, {bos}, tokens {text['tokens_sha256'][:16]}."
-    yield ""
-    yield _table_line([*heads, *map(str, sparsities)])
-    yield _table_line([*["---"] * len(heads), *["---:"] * len(sparsities)])
-    yield _table_line(["dense", *[""] * (len(heads) - 1), *[dense] * len(sparsities)])
-    for names, by_sparsity in rows.items():
-        values = [_markdown_value(by_sparsity.get(sparsity), index, best.get(sparsity)) for sparsity in sparsities]
-        yield _table_line([*names[: len(heads)], *values])
-
-
-def _table_line(values: Sequence[str]) -> str:
-    return f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |"
-
-
-def _markdown_value(row: dict[str, Any] | None, index: int, best: float | None) -> str:
-    if row is None or row["status"] != "ok":
-        return "" if row is None else row["status"]
-    found = row["evaluations"][index]
-    shown = perplexity_text(found["perplexity"])
-    return f"{f'**{shown}**' if found['perplexity'] == best else shown} ({found['kl_divergence']:.3f})"
-
-
-def _csv(document: dict[str, Any]) -> str:
-    """Return one line per cell and text, the dense model first."""
-    columns = ["name", "method", "allocation", "sparsity", "settings", "status", "realised", "text", "window"]
-    columns += ["n_windows", *_FIGURES, "prune_seconds", "peak_rss_bytes", "mask_sha256"]
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    dense = {"name": "dense", "method": "dense", "sparsity": 0.0, "status": "ok", **document["dense"]}
-    for row in [dense, *document["rows"]]:
-        for index, text in enumerate(document["texts"]):
-            figures = row["evaluations"][index] if row["status"] == "ok" else {}
-            values = {**row, **text, **{key: figures[key] for key in _FIGURES if key in figures}}
-            values["settings"] = ", ".join(f"{key} {value}" for key, value in row.get("settings", {}).items())
-            values["realised"] = row["realised"]["linears"] if "realised" in row else ""
-            values["prune_seconds"] = row.get("seconds", {}).get("prune", "")
-            writer.writerow({key: values[key] for key in columns if key in values})
-    return buffer.getvalue()
