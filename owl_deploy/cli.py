@@ -210,6 +210,8 @@ def run(recipe: Path, out: Path | None, offline: bool, quiet: bool, as_json: boo
         print_report(result.measured, result.report)
     else:
         click.echo("\n".join(str(path) for path in (result.checkpoint, *result.artifacts)))
+        for model, evaluation in result.evaluations:
+            print_evaluation(model, evaluation.to_json())
     if result.measured is not None and result.report is not None:
         _exit_if_failed(result.measured, result.report)
 

@@ -16,6 +16,7 @@ from typing import Any
 from owl_deploy.artifact import OnnxArtifact, is_artifact, open_artifact
 from owl_deploy.bench.run import run_bench
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.evaluation import Evaluation, evaluate
 from owl_deploy.export.writer import artifact_identity, export_onnx
 from owl_deploy.files import file_sha256
 from owl_deploy.progress import OnStep, silent
@@ -37,6 +38,8 @@ class RunResult:
     """Folder of the report; None for a recipe without a bench stage."""
     measured: dict[str, Any] | None
     """Content of report.json."""
+    evaluations: tuple[tuple[str, Evaluation], ...] = ()
+    """Quality of the checkpoint and the artifacts, by path, of a recipe that has `eval` but no bench stage."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `owl-deploy run --json` prints."""
@@ -45,6 +48,7 @@ class RunResult:
             "artifacts": [str(path) for path in self.artifacts],
             "report": str(self.report) if self.report else None,
             "rows": self.measured["rows"] if self.measured else [],
+            "evaluations": [{"model": model, **found.to_json()} for model, found in self.evaluations],
         }
 
 
@@ -83,7 +87,18 @@ def run(
             _artifact(recipe, settings, model, out / "artifacts", force=force, offline=offline, on_step=on_step)
         )
     if recipe.bench is None:
-        return RunResult(checkpoint, artifacts, None, None)
+        models = [str(path) for path in (checkpoint, *artifacts)] if "eval" in recipe.model_fields_set else []
+        found = []
+        if models:
+            found = evaluate(
+                models,
+                recipe.eval,
+                reference=recipe.model,
+                threads=recipe.threads,
+                offline=offline,
+                on_step=on_step,
+            )
+        return RunResult(checkpoint, artifacts, None, None, tuple(zip(models, found, strict=True)))
     measured = _report(recipe, artifacts, out / "report", load_before=load_before, force=force, on_step=on_step)
     return RunResult(checkpoint, artifacts, out / "report", measured)
 

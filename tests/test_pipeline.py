@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from owl_deploy.evaluation import evaluate
 from owl_deploy.pipeline import RunResult, run
-from owl_deploy.recipe import Recipe, recipe_from_mapping
+from owl_deploy.recipe import EvalSettings, Recipe, recipe_from_mapping
 
 ENGINES = ("onnxruntime", "deepsparse")
 
@@ -111,3 +112,19 @@ def test_other_sparsity_remakes_only_what_depends_on_it(
     assert "onnxruntime-dense" in reused[0]
     owl = json.loads((tmp_path / "out" / "artifacts" / "onnxruntime-sparse" / "owl.json").read_text())
     assert owl["sparsity"]["target"] == 0.6
+
+
+def test_a_recipe_without_bench_measures_the_quality_that_it_asks_for(tiny_model: Path, tmp_path: Path) -> None:
+    prune = {"method": "magnitude", "allocation": "uniform", "sparsity": 0.5}
+    quality = {"text": "python-docs", "window": 64, "max_windows": 2}
+    asked = run(
+        recipe_from_mapping({"model": str(tiny_model), "threads": 2, "prune": prune, "eval": quality}),
+        out=tmp_path / "a",
+    )
+    ((model, found),) = asked.evaluations
+    assert model == str(asked.checkpoint)
+    expected = evaluate([model], EvalSettings.model_validate(quality), reference=str(tiny_model), threads=2)[0]
+    assert found == expected
+    assert asked.to_json()["evaluations"] == [{"model": model, **expected.to_json()}]
+    silent = run(recipe_from_mapping({"model": str(tiny_model), "threads": 2, "prune": prune}), out=tmp_path / "b")
+    assert silent.evaluations == ()
