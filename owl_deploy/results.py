@@ -82,6 +82,10 @@ def print_structure(facts: dict[str, Any]) -> None:
         f"{search['n_steps']} steps; chosen at step {chosen['step']}: {swapped['heads']} groups of heads and "
         f"{swapped['channels']} channels are others than the metric's"
     )
+    if chosen["step"]:
+        click.echo(f"Gain on held-out sequences {chosen['gain']:.4f} (standard error {chosen['gain_error']:.4f})")
+    elif search["n_steps"]:
+        click.echo("No gain on held-out sequences above its standard error: the metric's own choice is kept")
     click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
     click.echo(f"Checkpoint: {facts['checkpoint']}")
 

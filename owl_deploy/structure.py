@@ -313,10 +313,15 @@ def _choose(
             "metric": found.start.held_out_loss,
             "chosen": found.best.held_out_loss,
         },
-        "chosen": {"step": found.best.step, "is_draw": found.best.is_draw},
+        "chosen": {
+            "step": found.best.step,
+            "is_draw": found.best.is_draw,
+            "gain": found.best.gain,
+            "gain_error": _finite(found.best.gain_error),
+        },
         "swapped": changed,
         "losses": [_finite(loss) for loss in found.losses],
-        "checks": [{**asdict(check), "held_out_loss": _finite(check.held_out_loss)} for check in found.checks],
+        "checks": [{key: _finite(value) for key, value in asdict(check).items()} for check in found.checks],
     }
 
 

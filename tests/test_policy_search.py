@@ -186,8 +186,9 @@ def flat(value: float = 0.0) -> dict[str, torch.Tensor]:
 
 def run(losses: Callable[[Masks, Sequence[int]], Sequence[float]] = separable, **options: Any) -> Found:
     start = options.pop("start", flat())
+    held_out = options.pop("held_out", SEQUENCES[4:])
     given = {"seed": 0, **{key: options.pop(key) for key in ("seed", "clock", "on_step") if key in options}}
-    return search(start, N_KEPT, losses, SEQUENCES[:4], SEQUENCES[4:], settings(**options), **given)
+    return search(start, N_KEPT, losses, SEQUENCES[:4], held_out, settings(**options), **given)
 
 
 def test_search_finds_the_best_masks_of_a_separable_loss() -> None:
@@ -248,6 +249,25 @@ def test_result_is_never_worse_than_the_start_on_what_is_held_out(seed: int) -> 
     found = run(noise, n_steps=40, check_every=5, seed=seed)
     assert found.best.held_out_loss == min(check.held_out_loss for check in found.checks)
     assert math.fsum(noise(found.masks, [4, 5])) / 2 == found.best.held_out_loss <= found.start.held_out_loss
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_a_gain_within_its_standard_error_is_no_reason_to_leave_the_start(spread: float) -> None:
+    """One held-out sequence gains and the other loses nearly as much, or both gain the same."""
+
+    def losses(masks: Masks, numbers: Sequence[int]) -> list[float]:
+        cost = float(separable(masks, [0])[0])
+        return [cost * (1 + spread * (1 if number % 2 else -1)) for number in numbers]
+
+    found = run(losses, n_steps=200)
+    assert min(check.held_out_loss for check in found.checks) < found.start.held_out_loss
+    assert (found.best == found.start) == (spread > 0)
+
+
+def test_one_held_out_sequence_cannot_tell_gain_from_chance() -> None:
+    found = run(held_out=[5], n_steps=100)
+    assert min(check.held_out_loss for check in found.checks) < found.start.held_out_loss
+    assert found.best == found.start
 
 
 def test_checks_are_at_the_start_at_every_nth_step_and_at_the_end() -> None:
