@@ -30,14 +30,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
 from owl_deploy.calibration import calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
-from owl_deploy.files import new_folder, write_bytes, write_json
+from owl_deploy.files import new_folder, write_json, write_tensors
 from owl_deploy.generation import load_torch_model
 from owl_deploy.memory import peak_rss_bytes, release_free_memory, reset_peak_rss
 from owl_deploy.policy_search import Masks, most_probable, search, start_logits
@@ -438,7 +437,7 @@ def _write(
                 if entry.file == file
             }
             part = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            write_bytes(folder / part, save(tensors, metadata={"format": "pt"}))
+            write_tensors(folder / part, tensors)
             weight_map |= dict.fromkeys(tensors, part)
         size = sum(file.stat().st_size for file in folder.iterdir())
         write_json(

@@ -351,7 +351,7 @@ def test_perplexity_is_that_of_the_model_with_one_block_deleted_by_hand(family: 
 def test_perplexity_is_the_same_with_one_sequence_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"method": "shortened", "protect_first": 1, "protect_last": 1}
     together = cut(tiny, None, **free)
-    monkeypatch.setattr("owl_deploy.depth._STREAM_BYTES", 1)
+    monkeypatch.setattr("owl_deploy.block_importance._STREAM_BYTES", 1)
     assert cut(tiny, None, **free).facts == together.facts
 
 

@@ -370,7 +370,7 @@ def test_failure_leaves_nothing_behind(qwen2: Path, tmp_path: Path, monkeypatch:
     def fail(*_: Any, **__: Any) -> None:
         raise OwlDeployError("disk full")
 
-    monkeypatch.setattr("owl_deploy.structure.write_bytes", fail)
+    monkeypatch.setattr("owl_deploy.structure.write_tensors", fail)
     with pytest.raises(OwlDeployError, match="disk full"):
         run(qwen2, tmp_path / "out", n_steps=0)
     assert tree(tmp_path) == set()
