@@ -406,9 +406,15 @@ def test_report_with_a_failed_row_is_measured_again(runs: dict[str, Call]) -> No
 
 def test_run_without_bench_prints_where_things_are(tiny_model: Path, tmp_path: Path) -> None:
     recipe = {key: value for key, value in small_recipe(tiny_model).items() if key not in ("bench", "export")}
+    quality = recipe.pop("eval")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     done = call("run", tmp_path / "r.yaml", "--out", tmp_path / "out", "--quiet")
     assert (done.code, done.stdout) == (0, f"{tmp_path / 'out' / 'checkpoint'}\n")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, "eval": quality}))
+    done = call("run", tmp_path / "r.yaml", "--out", tmp_path / "out", "--quiet")
+    assert done.code == 0
+    assert done.stdout.splitlines()[0] == str(tmp_path / "out" / "checkpoint")
+    assert "perplexity" in done.stdout
 
 
 def test_flags_override_the_recipe(tiny_model: Path, tmp_path: Path) -> None:
