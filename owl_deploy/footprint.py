@@ -164,7 +164,8 @@ def _sees(settings: PruneSettings) -> bool:
 def _hessians(skeleton: Skeleton, method: Method) -> int:
     """Return the bytes of a block's Hessians, one per group of linears with the same inputs, and of the largest's work.
 
-    Inverting one holds it, its damped copy, two factors and an inverse.
+    Inverting one holds it, its damped copy, two factors, an inverse and a workspace (LLaMA-7B's shape, SparseGPT: 4.94
+    GiB measured, 4.62 predicted without the last).
     """
     if method.new_statistic is not Hessian:
         return 0
@@ -172,7 +173,7 @@ def _hessians(skeleton: Skeleton, method: Method) -> int:
     largest = 0
     for index in range(len(skeleton.blocks)):
         sides = _hessian_sides(skeleton, index)
-        largest = max(largest, _FLOAT * (sum(side**2 for side in sides) + 4 * doubled * max(sides) ** 2))
+        largest = max(largest, _FLOAT * (sum(side**2 for side in sides) + 5 * doubled * max(sides) ** 2))
     return largest
 
 
