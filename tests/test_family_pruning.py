@@ -23,6 +23,7 @@ def _random_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(3).integers(4, V, size=(4, 24), dtype=np.int64)
     calibration = Calibration(tokens, "random", 3, "never", starts_with_bos=False)
     monkeypatch.setattr("owl_deploy.pruning.calibration_tokens", lambda *_, **__: calibration)
+    monkeypatch.setattr("owl_deploy.pruning.must_be_sampled", lambda *_, **__: False)
 
 
 def pruned(name: str, folder: Path, method: str) -> SparsityReport:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import save_tiny_model
+from pruning_problems import WEIGHT
 from safetensors.torch import load_file
 
 from owl_deploy.bench import pruning as benchmark
@@ -30,14 +31,7 @@ from owl_deploy.progress import Step
 from owl_deploy.pruning import prune
 from owl_deploy.recipe import PruneSettings
 
-WEIGHT = torch.tensor(
-    [
-        [0.10, -0.80, 0.30, 0.05, -0.60, 0.20],
-        [-0.40, 0.25, -0.15, 0.70, 0.35, -0.50],
-        [0.90, -0.05, 0.45, -0.30, 0.15, 0.60],
-        [-0.20, 0.55, -0.65, 0.40, -0.10, 0.02],
-    ]
-)
+CASES = ("published driver", "owl_deploy", "owl_deploy, statistics known", "owl_deploy, bfloat16")
 NORMS = torch.tensor([3, 1, 4.5, 3, 0.875, 5])
 
 
@@ -209,14 +203,15 @@ def test_command_measures_every_case(tiny_model: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     rows = {row["case"]: row for row in document["rows"]}
-    assert list(rows) == ["published driver", "owl_deploy", "owl_deploy, statistics known"]
+    assert list(rows) == list(CASES)
     assert rows["published driver"]["times_faster"]["p50"] == 1.0
     for row in rows.values():
         assert row["seconds"] == row["rounds_seconds"][0] == pytest.approx(sum(row["phases_seconds"].values()))
         # Sampling is outside the clock.
         assert "sampling calibration text" not in row["phases_seconds"]
-    # The last case finds what the one before it saw of the dense model.
+    # One case finds what the one before it saw of the dense model; the last one saw it in another type.
     assert "inputs of the dense model" in rows["owl_deploy"]["phases_seconds"]
+    assert "inputs of the dense model" in rows["owl_deploy, bfloat16"]["phases_seconds"]
     assert "inputs of the dense model" not in rows["owl_deploy, statistics known"]["phases_seconds"]
     # Every row of 64 inputs is pruned once more where counts are rounded to nearest.
     assert 0.95 < document["agreement"]["same_mask"] < 1
@@ -265,12 +260,12 @@ def test_rounds_are_in_turn_and_rows_compare_with_the_published_driver(
     settings = PruneSettings(n_samples=4, seq_len=32)
     steps: list[Step] = []
     document = benchmark.measure_drivers(str(tiny_model), settings, rounds=2, threads=1, on_step=steps.append)
-    assert [name for name, _ in calls] == ["published driver", "owl_deploy", "owl_deploy, statistics known"] * 2
+    assert [name for name, _ in calls] == list(CASES) * 2
     # Statistics of one round are not there in the next.
-    assert [known for _, known in calls[::3]] == [False, False]
-    assert [row["times_faster"]["p50"] for row in document["rows"]] == [1.0, 3.0, 3.0]
-    assert [row["rounds_seconds"] for row in document["rows"]] == [[6.0, 6.0], [2.0, 2.0], [2.0, 2.0]]
-    assert [step.done for step in steps if step.stage == "pruning rounds"] == [1, 2, 3, 4, 5, 6]
+    assert [known for _, known in calls[:: len(CASES)]] == [False, False]
+    assert [row["times_faster"]["p50"] for row in document["rows"]] == [1.0, 3.0, 3.0, 3.0]
+    assert [row["rounds_seconds"] for row in document["rows"]] == [[6.0, 6.0], *3 * [[2.0, 2.0]]]
+    assert [step.done for step in steps if step.stage == "pruning rounds"] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_table_shows_ratios_parts_and_agreement() -> None:
