@@ -22,7 +22,6 @@ import click
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
 from owl_deploy.errors import OwlDeployError
-from owl_deploy.plan_tables import print_pruning_plan
 from owl_deploy.recipe import (
     BenchSettings,
     DepthSettings,
@@ -43,12 +42,13 @@ from owl_deploy.results import (
     print_evaluation,
     print_json,
     print_plan,
+    print_pruning_plan,
     print_report,
     print_sparsity,
     print_structure,
+    print_sweep,
     print_tasks,
 )
-from owl_deploy.sweep_tables import print_sweep
 from owl_deploy.terminal import TerminalProgress
 
 __all__ = ["main"]
