@@ -10,6 +10,7 @@ here; and no engine multiplies them as sparse ones: ONNX Runtime expands them wh
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import Precision
 
 __all__ = [
+    "ALIGNMENT",
     "DATA_FILE",
     "INLINE_LIMIT",
     "StoredMatrix",
     "external_tensor",
+    "smallest_encoding",
     "stored_tensor",
     "write_initializers",
 ]
@@ -42,7 +45,8 @@ INLINE_LIMIT = 2_000_000_000
 DATA_FILE = "model.onnx.data"
 """File beside model.onnx that holds the large initializers."""
 
-_ALIGNMENT = 4096  # so that engines can map a tensor at a page border
+ALIGNMENT = 4096
+"""Every tensor of the data file begins at a multiple, so that engines can map it at a page border."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +154,27 @@ def _read(checkpoint: Checkpoint, source: WeightSource) -> NDArray[np.float32]:
 
 
 def _smallest(array: NDArray[np.float32], *, allows_varint: bool) -> tuple[Encoding, int]:
-    """Return the smallest encoding of a weight and the bytes it will take."""
-    sizes: dict[Encoding, int] = {"dense": array.nbytes}
-    if array.ndim == 2:
-        indices = np.flatnonzero(array)
-        if allows_varint:
-            sizes["coo-varint"] = 4 * len(indices) + _varint_bytes(indices)
-        if array.size < 2**31:
-            sizes["coo-int32"] = 8 * len(indices)
+    indices = np.flatnonzero(array)
+    return smallest_encoding(array.shape, len(indices), _varint_bytes(indices) if allows_varint else None)
+
+
+def smallest_encoding(shape: tuple[int, ...], n_nonzeros: int, varint_bytes: int | None) -> tuple[Encoding, int]:
+    """Return the smallest encoding of a float32 weight, and the bytes that it takes.
+
+    Args:
+        shape: of the weight; a vector is always dense.
+        n_nonzeros: values to be stored.
+        varint_bytes: of their positions, as protobuf varints; None where the target does not read these.
+    """
+    size = math.prod(shape)
+    sizes: dict[Encoding, int] = {"dense": 4 * size}
+    if len(shape) == 2:
+        if varint_bytes is not None:
+            sizes["coo-varint"] = 4 * n_nonzeros + varint_bytes
+        if size < 2**31:
+            sizes["coo-int32"] = 8 * n_nonzeros
         else:
-            sizes["coo-int64"] = 12 * len(indices)
+            sizes["coo-int64"] = 12 * n_nonzeros
     best = min(sizes, key=lambda encoding: sizes[encoding])  # dense is first: it wins ties
     return best, sizes[best]
 
@@ -192,7 +207,7 @@ def stored_tensor(name: str, array: NDArray[Any], data: BinaryIO | None) -> onnx
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     if data is None:
         return onnx.TensorProto(name=name, dims=array.shape, data_type=kind, raw_data=array.tobytes())
-    data.write(b"\0" * (-data.tell() % _ALIGNMENT))
+    data.write(b"\0" * (-data.tell() % ALIGNMENT))
     tensor = external_tensor(name, kind, array.shape, offset=data.tell(), length=array.nbytes)
     data.write(array.data)
     return tensor

@@ -25,7 +25,7 @@ from owl_deploy.export.packed_graph import PackedLinear
 from owl_deploy.export.packing import Encoding, PackedHeader, pack_matrix, packed_bytes
 from owl_deploy.progress import OnStep, Step, silent
 
-__all__ = ["write_packed_initializers"]
+__all__ = ["chosen_encoding", "write_packed_initializers"]
 
 _STORED_AS: dict[Encoding, Literal["packed-dense", "packed-bitmask", "packed-index16"]] = {
     "dense": "packed-dense",
@@ -82,6 +82,22 @@ def write_packed_initializers(
     return stored
 
 
+def chosen_encoding(
+    linear: PackedLinear,
+    shape: tuple[int, int],
+    n_nonzeros: int,
+    *,
+    encoding: Encoding | Literal["auto"],
+    machine: MachineClass,
+) -> Encoding:
+    """Return how a matrix is packed: as asked, by the cost model, or dense where its rows are gathered."""
+    if linear.is_gathered:
+        return "dense"
+    if encoding == "auto":
+        return choose_encoding(shape, n_nonzeros, linear.precision, machine_class=machine)
+    return encoding
+
+
 def _write_matrix(
     model: onnx.ModelProto,
     linear: PackedLinear,
@@ -94,12 +110,7 @@ def _write_matrix(
     """Pack one matrix, write it with its bias, and name what the nodes read of it."""
     weight = _read(checkpoint, [f"{part}.weight" for part in linear.parts])
     shape, n_nonzeros = (weight.shape[0], weight.shape[1]), int(np.count_nonzero(weight))
-    if linear.is_gathered:
-        chosen: Encoding = "dense"
-    elif encoding == "auto":
-        chosen = choose_encoding(shape, n_nonzeros, linear.precision, machine_class=machine)
-    else:
-        chosen = encoding
+    chosen = chosen_encoding(linear, shape, n_nonzeros, encoding=encoding, machine=machine)
     # Scales of groups would lie between the rows that Gather reads.
     group = 0 if linear.is_gathered else None
     try:

@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.export.quantization import Int4Matrix, Int8Matrix, quantize_int4, quantize_int8
 
-__all__ = ["Encoding", "PackedHeader", "Precision", "default_group", "pack_matrix", "packed_bytes", "unpack_matrix"]
+__all__ = [
+    "VALUE_BITS",
+    "Encoding",
+    "PackedHeader",
+    "Precision",
+    "default_group",
+    "pack_matrix",
+    "packed_bytes",
+    "unpack_matrix",
+]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Encoding = Literal["dense", "bitmask", "index16"]
@@ -25,7 +34,7 @@ _MAGIC = b"OWLSPMM\0"
 _VERSION = 1
 _PRECISIONS: tuple[Precision, ...] = get_args(Precision)  # the format's numbers are positions in these two
 _ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
-_VALUE_BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
+VALUE_BITS: dict[Precision, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
 _BLOCK = 64  # bytes to which sections are aligned, and columns of a mask word
 _SLACK = 64  # zero bytes behind the last record
 _NIBBLE_RUN = 128  # int4 codes that lie interleaved
@@ -184,7 +193,7 @@ def packed_bytes(
         n_groups = -(-n_columns // group) if group else 0
         row = -(-n_columns // _BLOCK) * 8 + n_groups if encoding == "bitmask" else 4
         columns = 2 * n_nonzeros if encoding == "index16" else 0
-        records = n_rows * row + columns + _VALUE_BITS[precision] * n_nonzeros // 8
+        records = n_rows * row + columns + VALUE_BITS[precision] * n_nonzeros // 8
     return _section_offsets(shape, precision).records + records + _SLACK
 
 
@@ -253,7 +262,7 @@ def _record_bytes(
     stored: NDArray[np.integer[Any]], n_columns: int, precision: Precision, encoding: Encoding, group: int
 ) -> NDArray[np.int64]:
     """Return the bytes of records that store so many values each, padding included."""
-    size = -(-stored.astype(np.int64) * _VALUE_BITS[precision] // 8)
+    size = -(-stored.astype(np.int64) * VALUE_BITS[precision] // 8)
     if encoding == "bitmask":
         size += -(-n_columns // _BLOCK) * 8
     elif encoding == "index16":

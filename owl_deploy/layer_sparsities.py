@@ -27,6 +27,7 @@ from owl_deploy.statistics import SquaredNorm
 
 __all__ = [
     "LayerSparsities",
+    "by_rule",
     "needs_dense_inputs",
     "needs_search",
     "needs_traces",
@@ -104,7 +105,6 @@ def share_out(
         OwlDeployError: a spectrum has no tail, or was pruned already.
     """
     by_linear = settings.allocation_per == "linear"
-    pattern = parse_pattern(settings.pattern)
     if settings.allocation.startswith("file:"):
         path = Path(settings.allocation.removeprefix("file:"))
         by_linear = is_by_linear(path)
@@ -118,14 +118,12 @@ def share_out(
     if settings.allocation in FIGURE_NAMES:
         figures = allocation_figures(skeleton, settings, units, seen, traces, on_step)
     flat = [figure for block in figures for figure in block] if figures is not None else []
-    if pattern is not None and settings.allocation == "owl":
-        kept = allocation.owl_mixed_pattern(flat, sizes, pattern.of - pattern.keep, spread=settings.owl_pattern_spread)
-        goals = [_pattern_goal(count, pattern.of) for count in kept]
-    elif settings.allocation.startswith("file:"):
+    if settings.allocation.startswith("file:"):
+        pattern = parse_pattern(settings.pattern)
         names = [name for block in units for unit in block for name in unit] if by_linear else None
         goals = [Goal(value, pattern) for value in load_allocation(path, sizes, settings.sparsity, names=names)]
     else:
-        goals = [Goal(value, pattern) for value in _by_rule(settings, flat, sizes)]
+        goals = by_rule(settings, flat, sizes)
     of_unit = iter(goals)
     per_block = [{name: goal for unit in block for goal in [next(of_unit)] for name in unit} for block in units]
     means = [_mean(block, skeleton, index) for index, block in enumerate(per_block)]
@@ -141,8 +139,24 @@ def of_linears(skeleton: Skeleton, settings: PruneSettings, sparsities: Mapping[
     return LayerSparsities(per_block, means, is_by_linear=True, settings=settings)
 
 
-def _by_rule(settings: PruneSettings, figures: list[float], sizes: list[int]) -> list[float]:
-    """Return one sparsity per unit."""
+def by_rule(settings: PruneSettings, figures: list[float], sizes: list[int]) -> list[Goal]:
+    """Return what a rule, no file and no search, asks of every unit.
+
+    Args:
+        settings: allocation, target and pattern; `ramp_slope` must be known.
+        figures: of the units, where the allocation needs any.
+        sizes: weights of the units.
+    """
+    pattern = parse_pattern(settings.pattern)
+    if pattern is not None and settings.allocation == "owl":
+        kept = allocation.owl_mixed_pattern(
+            figures, sizes, pattern.of - pattern.keep, spread=settings.owl_pattern_spread
+        )
+        return [_pattern_goal(count, pattern.of) for count in kept]
+    return [Goal(value, pattern) for value in _sparsities(settings, figures, sizes)]
+
+
+def _sparsities(settings: PruneSettings, figures: list[float], sizes: list[int]) -> list[float]:
     target = settings.sparsity
     if settings.allocation == "uniform":
         return allocation.uniform(sizes, target)

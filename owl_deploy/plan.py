@@ -10,40 +10,33 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
 
-from owl_deploy import allocation
-from owl_deploy.allocation import MAX_SPARSITY, largest_slope
 from owl_deploy.allocation_figures import FIGURE_NAMES
+from owl_deploy.allocation_range import allocation_range
 from owl_deploy.allocation_stage import allocate, asks_calibration, needs_calibration
 from owl_deploy.artifact_sizes import size_facts
 from owl_deploy.calibration import calibration_tokens, must_be_sampled
-from owl_deploy.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from owl_deploy.checkpoint import has_configuration_only, open_checkpoint
 from owl_deploy.devices import resolve_devices
-from owl_deploy.errors import UnsupportedModelError
 from owl_deploy.files import new_folder, write_bytes, write_json
 from owl_deploy.footprint import predict_footprint
-from owl_deploy.layer_sparsities import (
-    LayerSparsities,
-    share_out,
-)
+from owl_deploy.layer_sparsities import LayerSparsities, share_out
 from owl_deploy.methods.method import Goal, n_pruned
-from owl_deploy.pattern import parse_pattern
+from owl_deploy.plan_notes import plan_notes
 from owl_deploy.progress import OnStep, silent
 from owl_deploy.pruning import are_states_on_disk, refuse_misfits, write_allocation
 from owl_deploy.pruning_time import time_facts
 from owl_deploy.recipe import ArtifactSettings, PruneSettings
-from owl_deploy.skeleton import Prunable, Skeleton, open_skeleton
+from owl_deploy.skeleton import Prunable, Skeleton, open_configuration, open_skeleton
 from owl_deploy.threads import resolve_threads
 
-__all__ = ["ALL_ARTIFACTS", "Plan", "open_configuration", "plan_pruning", "write_plan"]
+__all__ = ["ALL_ARTIFACTS", "Plan", "plan_pruning", "write_plan"]
 
 ALL_ARTIFACTS = tuple(
     ArtifactSettings.model_validate(values)
@@ -57,11 +50,6 @@ ALL_ARTIFACTS = tuple(
     )
 )
 """What is shown where nobody says what will be exported."""
-
-_NO_SPEEDUP = 0.4
-"""Published decode times (OWL, LSA) and our own kernels gain little or nothing below this sparsity."""
-
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -105,28 +93,40 @@ def plan_pruning(
     """
     n_threads = resolve_threads(threads).n
     torch.set_num_threads(n_threads)
-    checkpoint = _opened(model, offline=offline)
+    path = Path(model).expanduser()
+    is_empty = has_configuration_only(path)
+    checkpoint = open_configuration(path) if is_empty else open_checkpoint(model, offline=offline)
     skeletons = [open_skeleton(checkpoint, one) for one in resolve_devices(device)]
     skeleton = skeletons[0]
     refuse_misfits(skeleton, settings)
-    has_weights = checkpoint.has_weights
     samples_text = needs_calibration(settings) and settings.calibration == "generated"
-    if samples_text and has_weights:
+    if samples_text and not is_empty:
         samples_text = must_be_sampled(checkpoint, settings, seed=seed)
     footprint = predict_footprint(skeleton, settings, samples_text=samples_text)
     on_disk = are_states_on_disk(footprint, max_memory)
     sparsities = None
-    if has_weights or not _looks_at_weights(settings):
+    if not is_empty or not (settings.allocation in FIGURE_NAMES or asks_calibration(settings)):
         sparsities = _allocated(skeletons, settings, seed, n_threads, on_step, on_disk=on_disk)
-    shown = sparsities or share_out(skeleton, _uniform(settings), None, None, silent)
+    uniform = settings.model_copy(update={"allocation": "uniform", "allocation_per": "block"})
+    shown = sparsities or share_out(skeleton, uniform, None, None, silent)
     linears = _linear_facts(skeleton, settings, shown)
+    n_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     facts = {
         "kind": "plan",
         "format_version": 1,
         "recipe": {"model": model, "seed": seed, "prune": settings.model_dump(mode="json")},
-        "model": _model_facts(skeleton, has_weights=has_weights),
-        "sparsity": _sparsity_facts(skeleton, settings, linears),
-        "range": None if sparsities else dict(zip(("lowest", "highest"), _range(skeleton, settings), strict=True)),
+        "model": {
+            "architecture": type(skeleton.model).__name__,
+            "has_weights": not is_empty,
+            "n_blocks": len(skeleton.blocks),
+            "n_linears": len(linears),
+            "n_parameters": n_parameters,
+            "n_prunable": _n_weights(linears),
+            "prunable_share": _n_weights(linears) / n_parameters,
+            "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
+        },
+        "sparsity": _sparsity_facts(settings, linears, n_parameters),
+        "range": None,
         "blocks": _block_facts(shown, linears, is_known=sparsities is not None),
         "linears": linears,
         **({settings.allocation: sparsities.tuning} if sparsities and sparsities.tuning else {}),
@@ -138,12 +138,12 @@ def plan_pruning(
             "are_hidden_states_on_disk": on_disk,
             "max_memory": max_memory,
         },
-        "time": time_facts(
-            skeleton, settings, linears, n_threads, is_known=sparsities is not None, samples_text=samples_text
-        ),
+        "time": time_facts(skeleton, settings, linears, n_threads, in_cache=not is_empty, samples_text=samples_text),
         "sizes": size_facts(checkpoint, linears, artifacts),
     }
-    return Plan({**facts, "notes": _notes(settings, facts)}, sparsities)
+    if sparsities is None:
+        facts["range"] = dict(zip(("lowest", "highest"), allocation_range(skeleton, settings), strict=True))
+    return Plan({**facts, "notes": plan_notes(facts)}, sparsities)
 
 
 def write_plan(plan: Plan, out: Path, *, force: bool = False) -> None:
@@ -161,65 +161,6 @@ def write_plan(plan: Plan, out: Path, *, force: bool = False) -> None:
         write_bytes(folder / "plan.svg", plan_svg(plan.facts))
 
 
-def open_configuration(folder: Path) -> Checkpoint:
-    """Open a folder that has a config.json and no weights: what a checkpoint of that model would look like.
-
-    Tensors are those of the model that transformers builds, in the type that config.json names (float32 where it
-    names none). Reading one fails.
-
-    Raises:
-        UnsupportedModelError: transformers does not know the architecture.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    file = folder / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever an impossible config.json makes transformers or torch raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedModelError(
-            f"{folder} is not a causal language model that transformers knows: {reason}"
-        ) from error
-    model.tie_weights()
-    kind = _DTYPES.get(config.dtype, "F32")
-    tensors = {name: TensorEntry(file, tuple(p.shape), kind) for name, p in model.named_parameters()}
-    return Checkpoint(folder, str(folder), tensors)
-
-
-def _opened(model: str, *, offline: bool) -> Checkpoint:
-    path = Path(model).expanduser()
-    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-    if (path / "config.json").is_file() and not any(any(path.glob(pattern)) for pattern in weights):
-        return open_configuration(path)
-    return open_checkpoint(model, offline=offline)
-
-
-def _model_facts(skeleton: Skeleton, *, has_weights: bool) -> dict[str, Any]:
-    checkpoint = skeleton.checkpoint
-    n_weights = skeleton.n_weights()
-    n_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
-    return {
-        "architecture": type(skeleton.model).__name__,
-        "has_weights": has_weights,
-        "n_blocks": len(n_weights),
-        "n_linears": sum(len(skeleton.linears(index)) for index in range(len(n_weights))),
-        "n_parameters": n_parameters,
-        "n_prunable": sum(n_weights),
-        "prunable_share": sum(n_weights) / n_parameters,
-        "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
-    }
-
-
-def _looks_at_weights(settings: PruneSettings) -> bool:
-    return settings.allocation in FIGURE_NAMES or asks_calibration(settings)
-
-
-def _uniform(settings: PruneSettings) -> PruneSettings:
-    return settings.model_copy(update={"allocation": "uniform", "allocation_per": "block"})
-
-
 def _allocated(
     skeletons: Sequence[Skeleton], settings: PruneSettings, seed: int, n_threads: int, on_step: OnStep, *, on_disk: bool
 ) -> LayerSparsities:
@@ -227,55 +168,12 @@ def _allocated(
     calibration = None
     if asks_calibration(settings):
         calibration = calibration_tokens(skeletons[0].checkpoint, settings, seed=seed, on_step=on_step)
-    with _scratch(on_disk=on_disk) as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) if on_disk else None
         sparsities, _ = allocate(
             skeletons, settings, calibration, seed=seed, n_threads=n_threads, folder=folder, on_step=on_step
         )
-        return sparsities
-
-
-@contextmanager
-def _scratch(*, on_disk: bool) -> Iterator[Path | None]:
-    """Yield a folder for hidden states, which is gone afterwards, or None where they stay in memory."""
-    if not on_disk:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-def _range(skeleton: Skeleton, settings: PruneSettings) -> tuple[float, float]:
-    """Return the lowest and the highest sparsity that the rule can give a block or linear, whatever the model."""
-    target, n_blocks = settings.sparsity, len(skeleton.blocks)
-    sizes = skeleton.n_weights()
-    if settings.allocation_per == "linear":
-        sizes = [linear.weight.numel() for i in range(n_blocks) for linear in skeleton.linears(i).values()]
-    smallest = sizes.index(min(sizes))
-    # The mean is farthest from the end at which one unit is, the smallest, while all others are at the other end.
-    figures = [[float((i == smallest) != is_flipped) for i in range(len(sizes))] for is_flipped in (False, True)]
-    if settings.allocation == "evopress":
-        return 0.0, max(MAX_SPARSITY, target)
-    if settings.allocation == "isc":
-        # Ranks cannot all be at one end, and with units of unequal size the whole ladder of them moves.
-        others = 1 - min(sizes) / sum(sizes)
-        reach = settings.isc_half_width * (1 if len(set(sizes)) == 1 else 2 * others)
-        return max(0.0, target - reach), min(max(MAX_SPARSITY, target), target + reach)
-    pattern = parse_pattern(settings.pattern)
-    values: list[float] = []
-    for found in figures:
-        if pattern is not None:
-            spread, n_of = settings.owl_pattern_spread, pattern.of - pattern.keep
-            kept = allocation.owl_mixed_pattern(found, sizes, n_of, spread=spread)
-            values += [1 - n / pattern.of for n in kept]
-        elif settings.allocation == "owl":
-            values += allocation.owl(found, sizes, target, owl_lambda=settings.owl_lambda)
-        elif settings.allocation == "dlp":
-            values += allocation.dlp(found, sizes, target, alpha=settings.dlp_alpha)
-        elif settings.allocation == "alphapruning":
-            values += allocation.alphapruning(found, sizes, target, epsilon=settings.alpha_epsilon)
-        else:
-            values += allocation.ramp(sizes, target, slope=largest_slope(n_blocks, target))
-    return min(values), max(values)
+    return sparsities
 
 
 def _linear_facts(skeleton: Skeleton, settings: PruneSettings, shown: LayerSparsities) -> list[dict[str, Any]]:
@@ -285,7 +183,7 @@ def _linear_facts(skeleton: Skeleton, settings: PruneSettings, shown: LayerSpars
             "block": index,
             "shape": [linear.out_features, linear.in_features],
             "sparsity": goal.pattern.sparsity if goal.pattern else goal.sparsity,
-            "n_zeros": _n_zeros(settings, linear, goal),
+            "n_zeros": _predicted_zeros(settings, linear, goal),
             **({"role": linear.role} if linear.role != "other" else {}),
         }
         for index, goals in enumerate(shown.goals)
@@ -294,7 +192,7 @@ def _linear_facts(skeleton: Skeleton, settings: PruneSettings, shown: LayerSpars
     ]
 
 
-def _n_zeros(settings: PruneSettings, linear: Prunable, goal: Goal) -> int:
+def _predicted_zeros(settings: PruneSettings, linear: Prunable, goal: Goal) -> int:
     """Return how many weights the method prunes: it rounds in every row, column or matrix."""
     rows, columns = linear.out_features, linear.in_features
     if goal.pattern is not None:
@@ -307,18 +205,25 @@ def _n_zeros(settings: PruneSettings, linear: Prunable, goal: Goal) -> int:
     return rows * n_pruned(columns, goal.sparsity)
 
 
+def _n_weights(linears: list[dict[str, Any]]) -> int:
+    return sum(math.prod(linear["shape"]) for linear in linears)
+
+
+def _n_zeros(linears: list[dict[str, Any]]) -> int:
+    return sum(linear["n_zeros"] for linear in linears)
+
+
 def _block_facts(shown: LayerSparsities, linears: list[dict[str, Any]], *, is_known: bool) -> list[dict[str, Any]]:
     blocks = []
     for index, sparsity in enumerate(shown.blocks):
         mine = [linear for linear in linears if linear["block"] == index]
         asked = [linear["sparsity"] for linear in mine]
-        n_weights = sum(math.prod(linear["shape"]) for linear in mine)
         blocks.append(
             {
                 "index": index,
                 "sparsity": sparsity if is_known else None,
-                "n_weights": n_weights,
-                "predicted": sum(linear["n_zeros"] for linear in mine) / n_weights,
+                "n_weights": _n_weights(mine),
+                "predicted": _n_zeros(mine) / _n_weights(mine),
                 **({"lowest": min(asked), "highest": max(asked)} if min(asked) != max(asked) else {}),
                 **(shown.figures_of_block(index) if is_known else {}),
             }
@@ -326,53 +231,13 @@ def _block_facts(shown: LayerSparsities, linears: list[dict[str, Any]], *, is_kn
     return blocks
 
 
-def _sparsity_facts(skeleton: Skeleton, settings: PruneSettings, linears: list[dict[str, Any]]) -> dict[str, float]:
-    sizes = [math.prod(linear["shape"]) for linear in linears]
-    n_zeros = sum(linear["n_zeros"] for linear in linears)
+def _sparsity_facts(settings: PruneSettings, linears: list[dict[str, Any]], n_parameters: int) -> dict[str, float]:
+    asked = math.fsum(linear["sparsity"] * math.prod(linear["shape"]) for linear in linears)
     mlp = [linear for linear in linears if "role" in linear]
-    n_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
     return {
         "target": settings.sparsity,
-        "asked": math.fsum(linear["sparsity"] * n for linear, n in zip(linears, sizes, strict=True)) / sum(sizes),
-        "linears": n_zeros / sum(sizes),
-        "model": n_zeros / n_parameters,
-        **(
-            {"mlp": sum(linear["n_zeros"] for linear in mlp) / sum(math.prod(linear["shape"]) for linear in mlp)}
-            if mlp
-            else {}
-        ),
+        "asked": asked / _n_weights(linears),
+        "linears": _n_zeros(linears) / _n_weights(linears),
+        "model": _n_zeros(linears) / n_parameters,
+        **({"mlp": _n_zeros(mlp) / _n_weights(mlp)} if mlp else {}),
     }
-
-
-def _notes(settings: PruneSettings, facts: Mapping[str, Any]) -> list[str]:
-    """Return what a reader should not find out afterwards, a sentence each."""
-    notes = []
-    if facts["range"] is not None:
-        notes.append(
-            f"The allocation {settings.allocation} needs weights, and this folder has none: only the range that the "
-            "rule allows is known; sizes and sparsities are those of uniform sparsity."
-        )
-    asked = [block["sparsity"] for block in facts["blocks"] if block["sparsity"] is not None]
-    low = [sparsity for sparsity in asked if sparsity < _NO_SPEEDUP]
-    if low:
-        notes.append(
-            f"{len(low)} of {len(asked)} blocks are asked for less than {_NO_SPEEDUP:.0%} (the lowest {min(low):.1%}): "
-            "they will hardly be faster than dense ones."
-        )
-    if facts["time"]["device"] != "cpu":
-        notes.append(f"The time was never compared with runs on {facts['time']['device']}: it may be far off.")
-    dense = {
-        artifact["target"]: artifact["bytes"]
-        for artifact in facts["sizes"]["artifacts"]
-        if artifact["weights"] == "dense" and artifact["precision"] == "fp32"
-    }
-    for artifact in facts["sizes"]["artifacts"]:
-        if artifact["weights"] != "dense" and artifact["bytes"] >= 0.99 * dense.get(
-            artifact["target"], artifact["bytes_dense"]
-        ):
-            notes.append(f"The artifact {artifact['name']} is not predicted to shrink.")
-        if "reason" in artifact:
-            notes.append(f"The artifact {artifact['name']}: {artifact['reason']}.")
-    if facts["sizes"]["reason"] is not None:
-        notes.append(f"No artifact is predicted: {facts['sizes']['reason']}.")
-    return notes

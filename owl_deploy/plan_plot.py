@@ -17,13 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from owl_deploy.plan_tables import figure_names
+
 __all__ = ["plan_svg"]
 
 # On white, each with a contrast of 3:1 or more; dashes and order tell them apart without colour.
 _COLOURS = ("#2f78d0", "#c8602a", "#23906a", "#a95bc6", "#c4485f", "#8a7a1f", "#2a8a9c", "#5d6470")
 _GREY, _INK = "#8a9099", "#24292f"
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
-_NOT_FIGURES = ("index", "sparsity", "n_weights", "predicted", "lowest", "highest")
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "owl-deploy",  # ids of clip paths would be random
     "svg.fonttype": "none",  # text stays text: a third of the size, and it can be read out and searched
@@ -52,7 +53,7 @@ def plan_svg(facts: Mapping[str, Any]) -> bytes:
     settings = facts["recipe"]["prune"]
     allocation = "file" if settings["allocation"].startswith("file:") else settings["allocation"]
     title = f"Sparsity by block: {settings['method']}, {allocation}, {facts['sparsity']['target']:.0%}"
-    figures = [key for key in facts["blocks"][0] if key not in _NOT_FIGURES]
+    figures = figure_names(facts["blocks"])
     with mpl.rc_context(_STYLE):
         drawn = Figure(figsize=(9, 5.4 if figures else 3.6), layout="constrained", facecolor="white")
         FigureCanvasSVG(drawn)

@@ -14,12 +14,7 @@ from typing import Any
 import torch
 
 from owl_deploy.block_pruning import statistic_kinds
-from owl_deploy.layer_sparsities import (
-    needs_dense_inputs,
-    needs_search,
-    needs_traces,
-    needs_tuning,
-)
+from owl_deploy.layer_sparsities import needs_dense_inputs, needs_search, needs_traces, needs_tuning
 from owl_deploy.methods import METHODS
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.skeleton import Prunable, Skeleton
@@ -50,7 +45,7 @@ _DSNOT_NS = 120.0
 _TRACE_PASSES = 8
 """Forward passes that a double backward pass of one probe costs."""
 _N_SLOPES, _FEW_SEQUENCES = 9, 16
-"""As `ramp_tuning` and the traces of `pruning` take them."""
+"""As `ramp_tuning` and `hessian_trace` take them."""
 _SAMPLING_OVERHEAD = 4.0
 """A step of sampling multiplies 32 rows at most, which memory bounds."""
 
@@ -61,7 +56,7 @@ def time_facts(
     linears: list[dict[str, Any]],
     n_threads: int,
     *,
-    is_known: bool,
+    in_cache: bool,
     samples_text: bool,
 ) -> dict[str, Any]:
     """Predict seconds per phase; what the plan has found out already lies in the cache, and takes none again.
@@ -71,7 +66,7 @@ def time_facts(
         settings: of the prune stage.
         linears: of the plan.
         n_threads: of torch.
-        is_known: whether the allocation was found out.
+        in_cache: whether what the allocation had to learn was learned, for this plan.
         samples_text: whether the model is to generate its calibration text first.
     """
     speed = _flop_per_second(skeleton, settings)
@@ -101,25 +96,24 @@ def time_facts(
     phases = dict(learning)
     if settings.allocation in ("owl", "dlp"):
         phases["figures of the dense model"] = figures + 10 * per_weight * n_prunable
-    passes = 0.0
-    if statistic_kinds(settings):
-        passes = 1 + work.observed_share * (work.n_stages if settings.true_sequential else 1)
+    observed = work.observed_share * (work.n_stages if settings.true_sequential else 1)
+    passes = 1 + observed if statistic_kinds(settings) else 0.0
     phases["pruning blocks"] = (
         passes * work.forward_flop / speed
         + work.method_flop / speed
         + n_prunable * (_FILL_NS * per_weight + _SCORE_NS * 1e-9)
         + work.overhead_seconds
     )
-    in_cache = sorted(learning) if is_known and skeleton.checkpoint.has_weights else []
+    learned = sorted(learning) if in_cache else []
     sampling = None
     if samples_text:
         n_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
         tokens = settings.n_samples * settings.seq_len
         sampling = _SAMPLING_OVERHEAD * 2 * n_parameters * tokens / speed
     return {
-        "seconds": sum(seconds for name, seconds in phases.items() if name not in in_cache),
+        "seconds": sum(seconds for name, seconds in phases.items() if name not in learned),
         "phases": phases,
-        "in_cache": in_cache,
+        "in_cache": learned,
         "sampling_seconds": sampling,
         "threads": n_threads,
         "device": skeleton.device.type,
@@ -211,7 +205,7 @@ def _input_groups(linears: Mapping[str, Prunable]) -> list[list[str]]:
 
 
 def _method_flop(settings: PruneSettings, linear: Prunable) -> float:
-    """Return the products of a method with one linear, without what its Hessian takes."""
+    """Return the products of a method with one linear, beside those of its Hessian."""
     rows, columns = linear.out_features, linear.in_features
     if settings.method in ("sparsegpt", "isc"):
         return rows * columns**2

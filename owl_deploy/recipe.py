@@ -263,7 +263,8 @@ class StructureSettings(Settings):
     check_every: Annotated[int, Field(ge=1)] = 20
     """Steps after which the most probable heads and channels are tried on the held-out sequences."""
     held_out: Annotated[float, Field(gt=0, lt=1), AfterValidator(_is_finite)] = 0.25
-    """Share of the calibration sequences that only judge the result, at least one."""
+    """Share of the calibration sequences that only judge the result, at least one; with fewer than 4 there is no
+    search."""
     calibration: str = "generated"
     """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
     n_samples: Annotated[int, Field(ge=2)] = 64

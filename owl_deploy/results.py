@@ -16,11 +16,9 @@ __all__ = [
     "print_evaluation",
     "print_json",
     "print_plan",
-    "print_pruning_plan",
     "print_report",
     "print_sparsity",
     "print_structure",
-    "print_sweep",
     "print_tasks",
 ]
 
@@ -82,10 +80,9 @@ def print_structure(facts: dict[str, Any]) -> None:
         f"{search['n_steps']} steps; chosen at step {chosen['step']}: {swapped['heads']} groups of heads and "
         f"{swapped['channels']} channels are others than the metric's"
     )
-    if chosen["step"]:
-        click.echo(f"Gain on held-out sequences {chosen['gain']:.4f} (standard error {chosen['gain_error']:.4f})")
-    elif search["n_steps"]:
-        click.echo("No gain on held-out sequences above its standard error: the metric's own choice is kept")
+    if (candidate := search["candidate"]) is not None:
+        click.echo(f"Best candidate: gain {candidate['gain']:.4f}, standard error {candidate['gain_error']:.4f}")
+    click.echo(f"{'Candidate taken' if chosen['step'] else 'Choice of the metric kept'}: {chosen['reason']}")
     click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
     click.echo(f"Checkpoint: {facts['checkpoint']}")
 
@@ -191,121 +188,3 @@ def print_plan(cells: list[tuple[str, bool]]) -> None:
     for name, is_finished in cells:
         click.echo(f"{name}{' (finished)' if is_finished else ''}")
     click.echo(f"{len(cells)} cells, {sum(is_finished for _, is_finished in cells)} of them finished")
-
-
-def print_pruning_plan(facts: dict[str, Any], out: Path | None) -> None:
-    """Print a table of the blocks, then what pruning is predicted to take and to give."""
-    from rich.console import Console
-    from rich.table import Table
-
-    settings, model, sparsity = facts["recipe"]["prune"], facts["model"], facts["sparsity"]
-    click.echo(
-        f"{facts['recipe']['model']}: {model['architecture']}, {model['n_blocks']} blocks, {model['n_linears']} "
-        f"linears; {model['prunable_share']:.1%} of {model['n_parameters']:,} parameters can be pruned"
-    )
-    differs = any("lowest" in block for block in facts["blocks"])
-    fixed = ("index", "sparsity", "n_weights", "predicted", "lowest", "highest")
-    figures = [key for key in facts["blocks"][0] if key not in fixed]
-    columns = ("block", "sparsity asked", *(["linears"] if differs else []), "weights")
-    table = Table(title=f"{settings['method']}, {settings['allocation']}")
-    for name in (*columns, *(figure.replace("_", " ") for figure in figures)):
-        table.add_column(name, justify="right")
-    for block in facts["blocks"]:
-        row = [str(block["index"])]
-        if block["sparsity"] is None:
-            row.append(f"{facts['range']['lowest']:.4f} to {facts['range']['highest']:.4f}")
-        else:
-            row.append(f"{block['sparsity']:.4f}")
-        if differs:
-            row.append(f"{block['lowest']:.4f} to {block['highest']:.4f}" if "lowest" in block else "")
-        table.add_row(*row, f"{block['n_weights']:,}", *(f"{block[figure]:.4g}" for figure in figures))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
-    click.echo(
-        f"Sparsity: {sparsity['asked']:.4f} asked on average, weighted by size (target {sparsity['target']:g}); about "
-        f"{sparsity['linears']:.4f} of the linears, {sparsity['model']:.4f} of the model"
-        + (f", {sparsity['mlp']:.4f} of the gated MLPs alone" if "mlp" in sparsity else "")
-    )
-    _print_costs(facts)
-    for note in facts["notes"]:
-        click.echo(f"Note: {note}")
-    if out is not None:
-        click.echo(f"Plan: {out}")
-
-
-def _print_costs(facts: dict[str, Any]) -> None:
-    """Print what a plan says of memory, time and sizes."""
-    memory, time, sizes = facts["memory"], facts["time"], facts["sizes"]
-    states = f"{_gib(memory['hidden_states_bytes'])} of hidden states "
-    states += "on disk, beside that" if memory["are_hidden_states_on_disk"] else "included"
-    click.echo(f"Memory: about {_gib(memory['peak_bytes'])} at the peak, {states}")
-    phases = ", ".join(f"{name} {_gib(n_bytes)}" for name, n_bytes in memory["phases"].items())
-    click.echo(f"  {_gib(memory['held_bytes'])} before it starts; beyond that: {phases}")
-    click.echo(
-        f"Time: about {_duration(time['seconds'])}, within a factor of two (threads: {time['threads']}, products at "
-        f"{time['flop_per_second'] / 1e9:.0f} GFLOP/s now)"
-    )
-    phases = ", ".join(
-        f"{name} {'in the cache' if name in time['in_cache'] else _duration(seconds)}"
-        for name, seconds in time["phases"].items()
-    )
-    click.echo(f"  {phases}")
-    if time["sampling_seconds"] is not None:
-        more = _duration(time["sampling_seconds"])
-        click.echo(f"  sampling the calibration text, where it is not in the cache yet: about {more} more")
-    click.echo(f"Sizes: sparse checkpoint about {sizes['checkpoint_bytes'] / 1e6:,.1f} MB")
-    for artifact in sizes["artifacts"]:
-        kinds = ", ".join(f"{count} {name}" for name, count in artifact["encodings"].items())
-        click.echo(
-            f"  {artifact['name']}: about {artifact['bytes'] / 1e6:,.1f} MB "
-            f"({artifact['bytes'] / artifact['bytes_dense']:.0%} of dense fp32 weights; matrices {kinds})"
-        )
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    """Return two figures and a unit."""
-    if seconds < 90:
-        return f"{seconds:.2g} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.2g} h" if seconds < 100 * 3600 else f"{seconds / 86400:.0f} days"
-
-
-def print_sweep(document: dict[str, Any], folder: Path) -> None:
-    """Print a table of perplexities per evaluation text, and where all the figures are."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from owl_deploy.sweep_tables import lowest, perplexity_text, table_rows
-
-    console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
-    sparsities, rows = table_rows(document)
-    has_settings = any(others for _, _, others in rows)
-    for index, text in enumerate(document["texts"]):
-        best = lowest(document, index)
-        title = f"perplexity on {text['text']}, {text['n_windows']} windows of {text['window']} tokens"
-        table = Table(title=Text(title))
-        for name in ("method", "allocation", *(["settings"] if has_settings else [])):
-            table.add_column(name, overflow="fold")
-        for sparsity in sparsities:
-            table.add_column(str(sparsity), justify="right", no_wrap=True)
-        dense = perplexity_text(document["dense"]["evaluations"][index]["perplexity"])
-        table.add_row("dense", *[""] * (1 + has_settings), *[dense] * len(sparsities))
-        for names, by_sparsity in rows.items():
-            values = []
-            for row in map(by_sparsity.get, sparsities):
-                if row is None or row["status"] != "ok":
-                    values.append(Text("" if row is None else row["status"]))
-                    continue
-                value = row["evaluations"][index]["perplexity"]
-                values.append(Text(perplexity_text(value), "bold" if value == best[row["sparsity"]] else ""))
-            table.add_row(*map(Text, names[: 2 + has_settings]), *values)
-        console.print(table)
-    for row in document["rows"]:
-        if row["status"] == "failed":
-            click.echo(f"Failed: {row['name']}: {row['reason']}")
-    click.echo(f"Results: {folder / 'results.md'}, with KL divergences; results.csv, results.json")

@@ -25,7 +25,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from owl_deploy.checkpoint import Checkpoint
+from owl_deploy.checkpoint import Checkpoint, TensorEntry
 from owl_deploy.errors import UnsupportedModelError
 from owl_deploy.hidden_states import HiddenStates
 from owl_deploy.memory import release_free_memory
@@ -33,7 +33,7 @@ from owl_deploy.memory import release_free_memory
 if TYPE_CHECKING:
     from owl_deploy.methods.method import Role
 
-__all__ = ["BlockInputs", "Prunable", "Skeleton", "open_skeleton"]
+__all__ = ["BlockInputs", "Prunable", "Skeleton", "open_configuration", "open_skeleton"]
 
 _GATED_MLPS: tuple[dict[str, Role], ...] = (
     {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
@@ -510,23 +510,7 @@ def open_skeleton(checkpoint: Checkpoint, device: torch.device | None = None) ->
         UnsupportedModelError: transformers does not know the architecture, it has no decoder blocks, or
             a tensor is missing or of another shape.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        # Buffers stay real: rotary frequencies are computed here and are in no checkpoint.
-        with init_empty_weights(include_buffers=False):
-            model = (
-                AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-                .eval()
-                .requires_grad_(False)
-            )
-    except Exception as error:  # whatever an impossible config.json makes transformers or torch raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedModelError(
-            f"{checkpoint.path} is not a causal language model that transformers knows: {reason}"
-        ) from error
-    model.tie_weights()
+    model, _ = _empty_model(checkpoint.path)
     prefix, blocks = _decoder_blocks(model, checkpoint)
     device = torch.device("cpu") if device is None else device
     for name, buffer in model.named_buffers() if device.type != "cpu" else ():
@@ -540,6 +524,45 @@ def open_skeleton(checkpoint: Checkpoint, device: torch.device | None = None) ->
                 f"tensor {tensor} does not fit its config.json: its shape is {found}, expected {expected}"
             )
     return skeleton
+
+
+def open_configuration(folder: Path) -> Checkpoint:
+    """Open a folder that has a config.json and no weights: what a checkpoint of that model would look like.
+
+    Tensors are those of the model that transformers builds, in the type that config.json names (float32 where it
+    names none). Reading one fails.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the architecture.
+    """
+    model, dtype = _empty_model(folder)
+    kind = {torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}.get(dtype, "F32")
+    file = folder / "config.json"
+    tensors = {name: TensorEntry(file, tuple(p.shape), kind) for name, p in model.named_parameters()}
+    return Checkpoint(folder, str(folder), tensors)
+
+
+def _empty_model(folder: Path) -> tuple[Any, Any]:
+    """Build the model of a config.json on the meta device; return it with the type that the file names, if any."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        dtype = config.dtype  # building changes it
+        # Buffers stay real: rotary frequencies are computed here and are in no checkpoint.
+        with init_empty_weights(include_buffers=False):
+            model = (
+                AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+                .eval()
+                .requires_grad_(False)
+            )
+    except Exception as error:  # whatever an impossible config.json makes transformers or torch raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedModelError(
+            f"{folder} is not a causal language model that transformers knows: {reason}"
+        ) from error
+    model.tie_weights()
+    return model, dtype
 
 
 def _decoder_blocks(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, nn.ModuleList]:

@@ -39,7 +39,7 @@ from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
 from owl_deploy.files import new_folder, write_json, write_tensors
 from owl_deploy.generation import load_torch_model
 from owl_deploy.memory import peak_rss_bytes, release_free_memory, reset_peak_rss
-from owl_deploy.policy_search import Masks, most_probable, search, start_logits
+from owl_deploy.policy_search import MIN_HELD_OUT, Check, Found, Masks, most_probable, search, start_logits
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import StructureSettings
 from owl_deploy.skeleton import open_skeleton
@@ -157,8 +157,8 @@ def structure(
 ) -> StructureReport:
     """Remove heads and channels from a model and write the smaller checkpoint.
 
-    The whole model is in memory as float32, as the loss of every mask needs all of it. The result is never worse than
-    what the metric alone keeps, by the loss on the held-out calibration sequences.
+    The whole model is in memory as float32, as the loss of every mask needs all of it. The result is what the
+    metric alone keeps, unless other masks gain more than chance on the held-out calibration sequences.
 
     Args:
         model: local folder, `.gguf` file, hub id or `demo:` name; of the Llama, Mistral, Qwen2, Qwen3 or Gemma family.
@@ -299,6 +299,8 @@ def _choose(
         with masked(readers, masks):
             return _losses(model, rows, numbers)
 
+    if n_held_out < MIN_HELD_OUT:  # nothing that a search finds could be taken
+        settings = settings.model_copy(update={"n_steps": 0})
     start = {kind: start_logits(values, settings.sharpness) for kind, values in metric.items()}
     found = search(start, shape.n_kept, losses, training, held_out, settings, seed=seed, on_step=on_step)
     initial = {kind: most_probable(values, shape.n_kept[kind]) for kind, values in start.items()}
@@ -315,13 +317,28 @@ def _choose(
         "chosen": {
             "step": found.best.step,
             "is_draw": found.best.is_draw,
-            "gain": found.best.gain,
-            "gain_error": _finite(found.best.gain_error),
+            "reason": _reason(found, n_held_out),
         },
+        "candidate": None if found.candidate is None else _facts(found.candidate),
         "swapped": changed,
         "losses": [_finite(loss) for loss in found.losses],
-        "checks": [{key: _finite(value) for key, value in asdict(check).items()} for check in found.checks],
+        "checks": [_facts(check) for check in found.checks],
     }
+
+
+def _reason(found: Found, n_held_out: int) -> str:
+    """Say why these masks are the result, for owl.json."""
+    if found.best.step:
+        return "the gain is above its standard error"
+    if n_held_out < MIN_HELD_OUT:
+        return f"no search: telling a gain from chance takes {MIN_HELD_OUT} held-out sequences, there are {n_held_out}"
+    if found.candidate is None:
+        return "no other masks of finite loss were tried"
+    return "no gain is above its standard error"
+
+
+def _facts(check: Check) -> dict[str, Any]:
+    return {key: _finite(value) for key, value in asdict(check).items()}
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """The results of a sweep as tables, for reading and for spreadsheets.
 
-In: the content of a results.json. Out: its rows by method and sparsity, Markdown, CSV. How they came about is not known
-here.
+In: the content of a results.json. Out: its rows by method and sparsity, as Markdown, as CSV, on stdout. How they came
+about is not known here.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import click
 
 FIGURES = ("perplexity", "kl_divergence", "top1_agreement")
 
-__all__ = ["FIGURES", "as_csv", "as_markdown", "lowest", "perplexity_text", "table_rows"]
+__all__ = ["FIGURES", "as_csv", "as_markdown", "print_sweep"]
 
 
-def table_rows(document: dict[str, Any]) -> tuple[list[float], dict[tuple[str, str, str], dict[float, dict[str, Any]]]]:
+def _table_rows(
+    document: dict[str, Any],
+) -> tuple[list[float], dict[tuple[str, str, str], dict[float, dict[str, Any]]]]:
     """Arrange the rows of a result as a table.
 
     Args:
@@ -33,7 +39,7 @@ def table_rows(document: dict[str, Any]) -> tuple[list[float], dict[tuple[str, s
     return sorted({row["sparsity"] for row in document["rows"]}), rows
 
 
-def lowest(document: dict[str, Any], index: int) -> dict[float, float]:
+def _lowest(document: dict[str, Any], index: int) -> dict[float, float]:
     """Return the lowest perplexity of every sparsity that has one, on the text of that index."""
     best: dict[float, float] = {}
     for row in document["rows"]:
@@ -43,7 +49,7 @@ def lowest(document: dict[str, Any], index: int) -> dict[float, float]:
     return best
 
 
-def perplexity_text(value: float) -> str:
+def _perplexity_text(value: float) -> str:
     """Return a perplexity as tables show it: two decimals up to a thousand, four digits or so above."""
     return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"
 
@@ -80,10 +86,10 @@ def as_markdown(document: dict[str, Any]) -> str:
 
 def _text_table(document: dict[str, Any], index: int, text: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of one table."""
-    sparsities, rows = table_rows(document)
-    best = lowest(document, index)
+    sparsities, rows = _table_rows(document)
+    best = _lowest(document, index)
     heads = ["method", "allocation", *(["settings"] if any(others for _, _, others in rows) else [])]
-    dense = perplexity_text(document["dense"]["evaluations"][index]["perplexity"])
+    dense = _perplexity_text(document["dense"]["evaluations"][index]["perplexity"])
     bos = "starts with BOS" if text["starts_with_bos"] else "no BOS"
     yield f"## {text['text']}"
     yield ""
@@ -105,7 +111,7 @@ def _markdown_value(row: dict[str, Any] | None, index: int, best: float | None) 
     if row is None or row["status"] != "ok":
         return "" if row is None else row["status"]
     found = row["evaluations"][index]
-    shown = perplexity_text(found["perplexity"])
+    shown = _perplexity_text(found["perplexity"])
     return f"{f'**{shown}**' if found['perplexity'] == best else shown} ({found['kl_divergence']:.3f})"
 
 
@@ -126,3 +132,38 @@ def as_csv(document: dict[str, Any]) -> str:
             values["prune_seconds"] = row.get("seconds", {}).get("prune", "")
             writer.writerow({key: values[key] for key in columns if key in values})
     return buffer.getvalue()
+
+
+def print_sweep(document: dict[str, Any], folder: Path) -> None:
+    """Print a table of perplexities per evaluation text, and where all the figures are."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
+    sparsities, rows = _table_rows(document)
+    has_settings = any(others for _, _, others in rows)
+    for index, text in enumerate(document["texts"]):
+        best = _lowest(document, index)
+        title = f"perplexity on {text['text']}, {text['n_windows']} windows of {text['window']} tokens"
+        table = Table(title=Text(title))
+        for name in ("method", "allocation", *(["settings"] if has_settings else [])):
+            table.add_column(name, overflow="fold")
+        for sparsity in sparsities:
+            table.add_column(str(sparsity), justify="right", no_wrap=True)
+        dense = _perplexity_text(document["dense"]["evaluations"][index]["perplexity"])
+        table.add_row("dense", *[""] * (1 + has_settings), *[dense] * len(sparsities))
+        for names, by_sparsity in rows.items():
+            values = []
+            for row in map(by_sparsity.get, sparsities):
+                if row is None or row["status"] != "ok":
+                    values.append(Text("" if row is None else row["status"]))
+                    continue
+                value = row["evaluations"][index]["perplexity"]
+                values.append(Text(_perplexity_text(value), "bold" if value == best[row["sparsity"]] else ""))
+            table.add_row(*map(Text, names[: 2 + has_settings]), *values)
+        console.print(table)
+    for row in document["rows"]:
+        if row["status"] == "failed":
+            click.echo(f"Failed: {row['name']}: {row['reason']}")
+    click.echo(f"Results: {folder / 'results.md'}, with KL divergences; results.csv, results.json")

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ try:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
+    from tqdm import tqdm
 except ModuleNotFoundError as error:
     raise OwlDeployError(
         f"{error.name} is not installed: pip install 'owl-deploy[tasks]' brings what --tasks needs"
@@ -489,6 +491,8 @@ def _quiet() -> Iterator[None]:
         # The harness's own environment lets a template reach any Python object: {{ ''.__class__ ... }}.
         stack.enter_context(_replaced(utils, "env", sandbox))
         stack.enter_context(_replaced(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False))
+        # The harness's bars go to stderr; TQDM_DISABLE works only where it is set before tqdm is imported.
+        stack.enter_context(_replaced(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True)))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, PreTrainedTokenizerFast
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -51,8 +52,15 @@ def save_tiny_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _no_garbage_in_imports() -> None:
+    """Let garbage collections pass over what the imports made: 0.35 s each, and a stage has up to two."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep generated text and converted models of tests out of the user's cache, but find its engines."""
     cache = tmp_path_factory.getbasetemp() / "cache"
     cache.mkdir(exist_ok=True)
@@ -60,13 +68,49 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     engines = cache / "engines"
     if not engines.is_symlink():
         engines.symlink_to(real / "engines")
-    monkeypatch.setenv("OWL_DEPLOY_CACHE", str(cache))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("OWL_DEPLOY_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the seeded two-block model."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def llama_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing but the configuration: transformers' defaults have the shape of LLaMA-7B."""
+    folder = tmp_path_factory.mktemp("configurations") / "llama-7b"
+    LlamaConfig(dtype="float16").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def opt_6_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing but the configuration of OPT-6.7B."""
+    folder = tmp_path_factory.mktemp("configurations") / "opt-6.7b"
+    sizes = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32}
+    OPTConfig(**sizes, num_attention_heads=32, vocab_size=50272, max_position_embeddings=2048).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def six_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing but the configuration of a small Llama."""
+    folder = tmp_path_factory.mktemp("configurations") / "six"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    LlamaConfig(num_hidden_layers=6, vocab_size=260, **sizes).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let plans take a speed for measured: measuring takes a third of a second."""
+    from owl_deploy import pruning_time
+
+    monkeypatch.setattr(pruning_time, "_flop_per_second", lambda skeleton, settings: 1e11)
 
 
 OwlDeploy = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from command_line import SMALL_BENCH, SMALL_PRUNE, Call, call, tree
 from conftest import OwlDeploy, save_tiny_model
 from safetensors.torch import load_file, save_file
+from small_disk import mounted
 from transformers import BertConfig
 
 from owl_deploy.artifact import is_artifact
@@ -506,19 +506,6 @@ def test_out_below_a_file_is_one_sentence(tiny_model: Path, artifact: Path, tmp_
         ("bench", artifact, "--baseline", "artifact", *SMALL_BENCH),
     ):
         assert "file" in refused(tmp_path, *arguments, "--out", out)
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """Mount a small file system, or skip."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_read_only_disk_is_one_sentence(tiny_model: Path, artifact: Path, tmp_path: Path) -> None:

@@ -10,15 +10,14 @@ import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from random_models import random_model, save
 from test_onnxruntime_graph import (
     CHUNKS,
     MODELS,
     N_TOKENS,
     TOLERANCE,
-    random_model,
     random_tokens,
     relative_difference,
-    save,
     torch_logits,
 )
 from transformers import PreTrainedModel

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_onnxruntime_graph import MODELS, random_model, random_tokens, relative_difference, save, torch_logits
+from random_models import random_model, save
+from test_onnxruntime_graph import MODELS, random_tokens, relative_difference, torch_logits
 from transformers import PreTrainedModel
 
 import owl_deploy.engines

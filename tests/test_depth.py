@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def base(**changes: Any) -> dict[str, Any]:
 GPT2 = {"n_embd": 32, "n_layer": N_BLOCKS, "n_head": 4, "vocab_size": 260, "n_positions": 64}
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "llama": ("Llama", base(), "model.layers"),
-    "llama-tied": ("Llama", base(tie_word_embeddings=True), "model.layers"),
+    "llama": ("Llama", base(tie_word_embeddings=True), "model.layers"),
     "gpt2": ("GPT2", GPT2, "transformer.h"),
     "bloom": ("Bloom", {"hidden_size": 32, "n_layer": N_BLOCKS, "n_head": 4, "vocab_size": 260}, "transformer.h"),
     "qwen2": ("Qwen2", base(use_sliding_window=True, sliding_window=5, max_window_layers=3), "model.layers"),
@@ -75,6 +75,62 @@ def save_family(name: str, folder: Path, **changes: Any) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A seeded Llama of six blocks."""
     return save_tiny_model(tmp_path_factory.mktemp("depth") / "model", num_hidden_layers=N_BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without the two blocks of the lowest influence."""
+    folder = tmp_path_factory.mktemp("small")
+    cut(tiny, folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def shortened(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without the two of its inner blocks whose absence costs least perplexity."""
+    folder = tmp_path_factory.mktemp("shortened")
+    cut(tiny, folder / "out", **SHORTENED)
+    return folder / "out"
+
+
+SHORTENED: dict[str, Any] = {"method": "shortened", "protect_first": 1, "protect_last": 1}
+
+
+@pytest.fixture(scope="module")
+def tail(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without its last two blocks."""
+    folder = tmp_path_factory.mktemp("tail")
+    cut(tiny, folder / "out", method="tail", calibration="text:missing.txt")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The seeded models of `save_family` by name, each saved once."""
+    folder = tmp_path_factory.mktemp("families")
+
+    def saved(name: str) -> Path:
+        return folder / name if (folder / name).exists() else save_family(name, folder / name)
+
+    return saved
+
+
+Family = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def without_1_and_4(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The same models without the second and the fifth of their six blocks."""
+    folder = tmp_path_factory.mktemp("without-1-and-4")
+
+    def made(name: str) -> Path:
+        if not (folder / name).exists():
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                remove_whatever_is_measured(monkeypatch, 1, 4)
+                cut(family(name), folder / name)
+        return folder / name
+
+    return made
 
 
 def settings(**changes: Any) -> DepthSettings:
@@ -129,66 +185,73 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
+def remove_whatever_is_measured(monkeypatch: pytest.MonkeyPatch, *removed: int) -> None:
+    """Let shortgpt remove the given blocks."""
+    figures = [0.0 if index in removed else 1.0 for index in range(N_BLOCKS)]
+    monkeypatch.setattr("owl_deploy.depth.block_influences", lambda *_: figures)
+
+
 Removing = Callable[..., None]
 
 
 @pytest.fixture
 def removing(monkeypatch: pytest.MonkeyPatch) -> Removing:
-    """Let shortgpt remove the given blocks, whatever it would measure."""
-
-    def choose(*removed: int) -> None:
-        figures = [0.0 if index in removed else 1.0 for index in range(N_BLOCKS)]
-        monkeypatch.setattr("owl_deploy.depth.block_influences", lambda *_: figures)
-
-    return choose
+    return partial(remove_whatever_is_measured, monkeypatch)
 
 
 # --- The smaller model --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "removed"), [*((family, (1, 4)) for family in FAMILIES), ("llama", (5,)), ("gemma3", (0, 2, 3))], ids=str
-)
-def test_logits_are_those_of_the_model_with_the_blocks_deleted_by_hand(
-    family: str, removed: tuple[int, ...], removing: Removing, tmp_path: Path
-) -> None:
-    source, out = save_family(family, tmp_path / "model"), tmp_path / "out"
-    removing(*removed)
-    assert cut(source, out, n_blocks=len(removed)).removed == list(removed)
-    smaller = loaded(out)
+def check_logits(source: Path, out: Path, removed: list[int]) -> None:
+    assert owl_json(out)["removed"] == removed
+    smaller, whole = loaded(out), loaded(source)
     assert len(blocks_of(smaller)) == N_BLOCKS - len(removed)
-    expected = logits_of(delete_by_hand_(loaded(source), list(removed)))
+    dense = logits_of(whole)
+    expected = logits_of(delete_by_hand_(whole, removed))
     assert torch.equal(logits_of(smaller), expected)
-    assert not torch.allclose(expected, logits_of(loaded(source)))
+    assert not torch.allclose(expected, dense)
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "glm4-moe"])
-def test_tensors_are_those_of_the_source_under_consecutive_numbers(
-    family: str, removing: Removing, tmp_path: Path
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_the_model_with_the_blocks_deleted_by_hand(
+    name: str, family: Family, without_1_and_4: Family
 ) -> None:
-    source, out = save_family(family, tmp_path / "model"), tmp_path / "out"
-    removing(1, 4)
-    cut(source, out)
-    prefix = FAMILIES[family][2]
+    check_logits(family(name), without_1_and_4(name), [1, 4])
+
+
+@pytest.mark.parametrize(("name", "removed"), [("llama", [5]), ("gemma3", [0, 2, 3])])
+def test_first_and_last_blocks_go_as_any_other(
+    name: str, removed: list[int], family: Family, removing: Removing, tmp_path: Path
+) -> None:
+    removing(*removed)
+    cut(family(name), tmp_path / "out", n_blocks=len(removed))
+    check_logits(family(name), tmp_path / "out", removed)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "glm4-moe"])
+def test_tensors_are_those_of_the_source_under_consecutive_numbers(
+    name: str, family: Family, without_1_and_4: Family
+) -> None:
+    source, out = family(name), without_1_and_4(name)
+    prefix = FAMILIES[name][2]
     before, after = stored_tensors(source), stored_tensors(out)
-    for name, tensor in after.items():
-        old = name
+    for key, tensor in after.items():
+        old = key
         for new_number, old_number in enumerate((0, 2, 3, 5)):
-            if name.startswith(f"{prefix}.{new_number}."):
-                old = name.replace(f"{prefix}.{new_number}.", f"{prefix}.{old_number}.")
-        assert same_bits(tensor, before[old]), name
-    n_gone = sum(name.startswith((f"{prefix}.1.", f"{prefix}.4.")) for name in before)
+            if key.startswith(f"{prefix}.{new_number}."):
+                old = key.replace(f"{prefix}.{new_number}.", f"{prefix}.{old_number}.")
+        assert same_bits(tensor, before[old]), key
+    n_gone = sum(key.startswith((f"{prefix}.1.", f"{prefix}.4.")) for key in before)
     assert n_gone > 4
     assert len(after) == len(before) - n_gone
 
 
-def test_result_loads_without_a_missing_or_unexpected_tensor_and_tied(tiny: Path, tmp_path: Path) -> None:
-    cut(tiny, tmp_path / "out")
-    loaded_with_info: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+def test_result_loads_without_a_missing_or_unexpected_tensor_and_tied(small: Path) -> None:
+    loaded_with_info: Any = AutoModelForCausalLM.from_pretrained(small, output_loading_info=True)
     model, info = loaded_with_info
     assert not any(info.values())
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert "lm_head.weight" not in stored_tensors(tmp_path / "out")
+    assert "lm_head.weight" not in stored_tensors(small)
 
 
 def test_half_precision_checkpoint_keeps_its_type(tiny: Path, tmp_path: Path) -> None:
@@ -199,50 +262,38 @@ def test_half_precision_checkpoint_keeps_its_type(tiny: Path, tmp_path: Path) ->
     assert config_json(tmp_path / "out")["dtype"] == "bfloat16"
 
 
-def test_index_names_every_tensor_and_every_shard(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    cut(tiny, out)
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    stored = {file.name: load_file(file) for file in out.glob("*.safetensors")}
+def test_index_names_every_tensor_and_every_shard(small: Path) -> None:
+    index = json.loads((small / "model.safetensors.index.json").read_text())
+    stored = {file.name: load_file(file) for file in small.glob("*.safetensors")}
     assert len(stored) == 1 + 4  # a shard per block: no more is in memory at once
     assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored_tensors(out).values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in stored_tensors(small).values())
 
 
-def test_tokenizer_and_generation_settings_come_along_and_nothing_is_left_beside(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    cut(tiny, out)
+def test_tokenizer_and_generation_settings_come_along_and_nothing_is_left_beside(tiny: Path, small: Path) -> None:
     copied = {path.name for path in tiny.iterdir() if path.suffix == ".json"}
     assert {"generation_config.json", "tokenizer.json"} < copied
-    assert all((out / name).read_bytes() == (tiny / name).read_bytes() for name in copied - {"config.json"})
+    assert all((small / name).read_bytes() == (tiny / name).read_bytes() for name in copied - {"config.json"})
     ours = {"owl.json", "measured.json", "model.safetensors.index.json"}
-    assert {path.name for path in out.iterdir() if path.suffix == ".json"} == copied | ours
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in small.iterdir() if path.suffix == ".json"} == copied | ours
+    assert [path.name for path in small.parent.iterdir()] == ["out"]
 
 
-def test_configuration_changes_in_the_number_of_blocks_alone(tiny: Path, tmp_path: Path) -> None:
-    cut(tiny, tmp_path / "out")
-    assert config_json(tmp_path / "out") == {**config_json(tiny), "num_hidden_layers": 4}
+def test_configuration_changes_in_the_number_of_blocks_alone(tiny: Path, small: Path) -> None:
+    assert config_json(small) == {**config_json(tiny), "num_hidden_layers": 4}
 
 
-def test_configuration_of_gpt2_keeps_its_own_name_of_that_number(removing: Removing, tmp_path: Path) -> None:
-    source = save_family("gpt2", tmp_path / "model")
-    removing(0, 5)
-    cut(source, tmp_path / "out")
-    assert config_json(tmp_path / "out") == {**config_json(source), "n_layer": 4}
+def test_configuration_of_gpt2_keeps_its_own_name_of_that_number(family: Family, without_1_and_4: Family) -> None:
+    assert config_json(without_1_and_4("gpt2")) == {**config_json(family("gpt2")), "n_layer": 4}
 
 
-def test_what_the_configuration_lists_per_block_is_cut_with_the_blocks(removing: Removing, tmp_path: Path) -> None:
-    removing(1, 4)
-    cut(save_family("gemma2", tmp_path / "gemma2"), tmp_path / "out")
-    assert config_json(tmp_path / "out")["layer_types"] == [f"{name}_attention" for name in SLIDES]
-    cut(save_family("qwen2", tmp_path / "qwen2"), tmp_path / "qwen2-out")
-    assert config_json(tmp_path / "qwen2-out")["layer_types"] == ["full_attention"] * 2 + ["sliding_attention"] * 2
-    assert config_json(tmp_path / "qwen2-out")["max_window_layers"] == 2
-    cut(save_family("qwen3-moe", tmp_path / "moe"), tmp_path / "moe-out")
-    assert config_json(tmp_path / "moe-out")["mlp_only_layers"] == [0, 3]
-    cut(save_family("glm4-moe", tmp_path / "glm"), tmp_path / "glm-out")
-    assert config_json(tmp_path / "glm-out")["first_k_dense_replace"] == 1
+def test_what_the_configuration_lists_per_block_is_cut_with_the_blocks(without_1_and_4: Family) -> None:
+    assert config_json(without_1_and_4("gemma2"))["layer_types"] == [f"{name}_attention" for name in SLIDES]
+    qwen2 = config_json(without_1_and_4("qwen2"))
+    assert qwen2["layer_types"] == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    assert qwen2["max_window_layers"] == 2
+    assert config_json(without_1_and_4("qwen3-moe"))["mlp_only_layers"] == [0, 3]
+    assert config_json(without_1_and_4("glm4-moe"))["first_k_dense_replace"] == 1
 
 
 SLIDES = ("sliding", "sliding", "full", "full")
@@ -302,7 +353,7 @@ def influences_by_hand(model: Any, rows: torch.Tensor) -> list[float]:
 def perplexity_by_hand(model: Any, rows: torch.Tensor) -> float:
     """Exp of the mean over sequences of the mean NLL per token."""
     with torch.inference_mode():
-        logits = torch.stack([model(row[None], use_cache=False).logits[0] for row in rows]).numpy()
+        logits = model(rows, use_cache=False).logits.numpy()
     nlls = []
     for row, scores in zip(rows.tolist(), logits, strict=True):
         for position in range(SEQ_LEN - 1):
@@ -328,18 +379,18 @@ def figures_of(report: DepthReport, name: str) -> list[float]:
     return [row[name] for row in report.facts["figures"]]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
-def test_block_influence_is_that_of_all_hidden_states_in_float64(family: str, tmp_path: Path) -> None:
-    source = save_family(family, tmp_path / "model")
+@pytest.mark.parametrize("name", ["gpt2", "gemma3"])
+def test_block_influence_is_that_of_all_hidden_states_in_float64(name: str, family: Family) -> None:
+    source = family(name)
     report = cut(source, None)
     expected = influences_by_hand(loaded(source, torch.float64), tokens_of(source))
     assert figures_of(report, "block_influence") == pytest.approx(expected, abs=1e-5)
     assert report.removed == sorted(np.argsort(expected)[:2].tolist())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_perplexity_is_that_of_the_model_with_one_block_deleted_by_hand(family: str, tmp_path: Path) -> None:
-    source = save_family(family, tmp_path / "model")
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_perplexity_is_that_of_the_model_with_one_block_deleted_by_hand(name: str, family: Family) -> None:
+    source = family(name)
     report = cut(source, None, method="shortened", protect_first=0, protect_last=0)
     rows = tokens_of(source)
     model = loaded(source, torch.float64)
@@ -348,16 +399,16 @@ def test_perplexity_is_that_of_the_model_with_one_block_deleted_by_hand(family: 
     assert report.removed == sorted(np.argsort(expected)[:2].tolist())
 
 
-def test_perplexity_is_the_same_with_one_sequence_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"method": "shortened", "protect_first": 1, "protect_last": 1}
-    together = cut(tiny, None, **free)
+def test_perplexity_is_the_same_with_one_sequence_at_a_time(
+    tiny: Path, shortened: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("owl_deploy.block_importance._STREAM_BYTES", 1)
-    assert cut(tiny, None, **free).facts == together.facts
+    assert cut(tiny, None, **SHORTENED).facts == owl_json(shortened)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_taylor_score_is_that_of_one_batch_in_float64(family: str, tmp_path: Path) -> None:
-    source = save_family(family, tmp_path / "model")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_taylor_score_is_that_of_one_batch_in_float64(name: str, family: Family) -> None:
+    source = family(name)
     report = cut(source, None, method="shortened", criterion="taylor", protect_first=0, protect_last=0)
     expected = taylor_by_hand(loaded(source, torch.float64), tokens_of(source))
     assert figures_of(report, "taylor") == pytest.approx(expected, rel=1e-4)
@@ -378,11 +429,11 @@ def test_block_that_does_nothing_goes_first_and_is_not_missed(how: dict[str, Any
     assert torch.equal(logits_of(loaded(tmp_path / "out")), logits_of(model))
 
 
-def test_tail_removes_the_last_blocks_without_data(tiny: Path, tmp_path: Path) -> None:
-    report = cut(tiny, tmp_path / "out", method="tail", calibration=f"text:{tmp_path}/missing.txt")
-    assert report.removed == [4, 5]
-    assert report.facts["calibration"] is None
-    assert all(set(row) == {"index", "is_protected", "is_removed"} for row in report.facts["figures"])
+def test_tail_removes_the_last_blocks_without_data(tail: Path) -> None:
+    facts = owl_json(tail)
+    assert facts["removed"] == [4, 5]
+    assert facts["calibration"] is None
+    assert all(set(row) == {"index", "is_protected", "is_removed"} for row in facts["figures"])
 
 
 def test_blocks_of_equal_figures_go_from_the_first_on(
@@ -559,46 +610,51 @@ def test_failed_run_leaves_what_was_there_even_with_force(
 # --- What is on record, and other stages --------------------------------------------------------
 
 
-def test_same_work_gives_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        cut(tiny, tmp_path / name, method="shortened", protect_first=1, protect_last=1)
-    for file in (tmp_path / "a").iterdir():
+def test_same_work_gives_the_same_bytes(tiny: Path, shortened: Path, tmp_path: Path) -> None:
+    cut(tiny, tmp_path / "again", **SHORTENED)
+    for file in shortened.iterdir():
         if file.name != "measured.json":
-            assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes(), file.name
+            assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_dry_run_chooses_the_same_and_writes_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_dry_run_chooses_the_same_and_writes_nothing(
+    tiny: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     planned = cut(tiny, None)
     assert planned.checkpoint is None
+    assert planned.facts == owl_json(small)
     assert tree(tmp_path) == set()
-    done = cut(tiny, tmp_path / "out")
-    assert planned.facts == done.facts == owl_json(tmp_path / "out")
 
 
-def test_owl_json_says_what_was_done_to_what_with_which_data(tiny: Path, tmp_path: Path) -> None:
-    cut(tiny, tmp_path / "out")
-    facts = owl_json(tmp_path / "out")
+def test_report_says_what_owl_json_says(tiny: Path, tmp_path: Path) -> None:
+    report = cut(tiny, tmp_path / "out", method="tail")
+    assert report.checkpoint == tmp_path / "out"
+    assert report.facts == owl_json(tmp_path / "out")
+
+
+def test_owl_json_says_what_was_done_to_what_with_which_data(tiny: Path, small: Path) -> None:
+    facts = owl_json(small)
     assert (facts["kind"], facts["format_version"]) == ("checkpoint", 1)
     assert facts["recipe"] == {"model": str(tiny), "seed": 0, "depth": settings().model_dump(mode="json")}
     assert facts["source"] == {"model": str(tiny), "sha256": open_checkpoint(str(tiny)).fingerprint}
     assert facts["calibration"]["n_samples"] == N_SAMPLES
     assert [row["index"] for row in facts["figures"] if row["is_removed"]] == facts["removed"]
     assert facts["n_blocks"] == {"before": 6, "after": 4}
-    for name, folder in (("before", tiny), ("after", tmp_path / "out")):
+    for name, folder in (("before", tiny), ("after", small)):
         assert facts["n_parameters"][name] == sum(parameter.numel() for parameter in loaded(folder).parameters())
-    measured = json.loads((tmp_path / "out" / "measured.json").read_text())
+    measured = json.loads((small / "measured.json").read_text())
     assert 0 < measured["seconds"] < 600
     assert 10 * 2**20 < measured["peak_rss_bytes"] < 2**40
 
 
-def test_smaller_checkpoint_can_be_pruned_and_says_so(tiny: Path, tmp_path: Path) -> None:
-    cut(tiny, tmp_path / "small")
+def test_smaller_checkpoint_can_be_pruned_and_says_so(small: Path, tmp_path: Path) -> None:
     wanted = PruneSettings(sparsity=0.5, calibration=TEXT, n_samples=2, seq_len=24)
-    facts = prune(str(tmp_path / "small"), wanted, out=tmp_path / "sparse", threads=1).facts
+    facts = prune(str(small), wanted, out=tmp_path / "sparse", threads=1).facts
     assert facts == owl_json(tmp_path / "sparse")
     assert (facts["kind"], set(facts["recipe"])) == ("checkpoint", {"model", "seed", "prune"})
     assert [block["index"] for block in facts["blocks"]] == [0, 1, 2, 3]
-    assert facts["source"]["model"] == str(tmp_path / "small")
+    assert facts["source"]["model"] == str(small)
     model = loaded(tmp_path / "sparse")
     zeros = [float((linear.weight == 0).float().mean()) for linear in linears_of(model)]
     assert len(zeros) == 4 * 7
@@ -611,9 +667,7 @@ def linears_of(model: Any) -> list[nn.Linear]:
 
 
 def test_pruned_checkpoint_keeps_its_zeros_and_its_lineage(tiny: Path, tmp_path: Path) -> None:
-    wanted = PruneSettings(
-        method="magnitude", allocation="ramp", sparsity=0.5, calibration=TEXT, n_samples=2, seq_len=24
-    )
+    wanted = PruneSettings(method="magnitude", allocation="ramp", ramp_slope=0.05, sparsity=0.5)
     before = prune(str(tiny), wanted, out=tmp_path / "sparse", threads=1).facts
     cut(tmp_path / "sparse", tmp_path / "small", method="tail")
     facts = owl_json(tmp_path / "small")
@@ -630,21 +684,19 @@ def test_pruned_checkpoint_keeps_its_zeros_and_its_lineage(tiny: Path, tmp_path:
     assert not (tmp_path / "small" / "allocation.json").exists()  # it numbers the blocks as they were
 
 
-def test_smaller_checkpoint_can_be_made_smaller_again(tiny: Path, tmp_path: Path) -> None:
-    cut(tiny, tmp_path / "four", method="tail")
-    cut(tmp_path / "four", tmp_path / "three", method="tail", n_blocks=1)
+def test_smaller_checkpoint_can_be_made_smaller_again(tiny: Path, tail: Path, tmp_path: Path) -> None:
+    cut(tail, tmp_path / "three", method="tail", n_blocks=1)
     assert owl_json(tmp_path / "three")["source"]["checkpoint"]["removed"] == [4, 5]
     expected = logits_of(delete_by_hand_(loaded(tiny), [3, 4, 5]))
     assert torch.equal(logits_of(loaded(tmp_path / "three")), expected)
 
 
-def test_smaller_checkpoint_is_exported_as_any_other(tiny: Path, tmp_path: Path) -> None:
-    cut(tiny, tmp_path / "small")
+def test_smaller_checkpoint_is_exported_as_any_other(small: Path, tmp_path: Path) -> None:
     flags = ("--max-positions", "64", "--no-parity", "--threads", "1", "--out", tmp_path / "artifact", "--json")
-    assert call("export", tmp_path / "small", *flags).code == 0
+    assert call("export", small, *flags).code == 0
     manifest = json.loads((tmp_path / "artifact" / "owl.json").read_text())
     assert manifest["n_blocks"] == 4
-    assert manifest["checkpoint"]["removed"] == owl_json(tmp_path / "small")["removed"]
+    assert manifest["checkpoint"]["removed"] == owl_json(small)["removed"]
 
 
 # --- The command --------------------------------------------------------------------------------

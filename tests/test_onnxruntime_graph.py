@@ -13,18 +13,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY, byte_tokenizer
+from conftest import TINY
 from numpy.typing import NDArray
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from random_models import random_model, save
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import UnsupportedModelError
@@ -39,32 +31,6 @@ TOLERANCE = 2e-5
 
 # The worker's own session, which no type checker reads because it is Python 3.8.
 Session: Any = importlib.import_module("owl_deploy.engines.worker.onnxruntime_session").OnnxRuntimeSession
-
-_KINDS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-}
-
-
-def random_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Return a seeded model in which no weight is left at 0 or 1: biases and norms too must find their place."""
-    torch.manual_seed(seed)
-    config, kind = _KINDS[family]
-    model: PreTrainedModel = kind(config(**{**TINY, "initializer_range": 0.15, **changes})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.3)
-    return model
-
-
-def save(model: PreTrainedModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def torch_logits(model: PreTrainedModel, tokens: NDArray[np.int64]) -> NDArray[np.float32]:

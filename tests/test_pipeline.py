@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from command_line import call
 
 from owl_deploy.evaluation import evaluate
 from owl_deploy.pipeline import RunResult, run
@@ -128,3 +130,18 @@ def test_a_recipe_without_bench_measures_the_quality_that_it_asks_for(tiny_model
     assert asked.to_json()["evaluations"] == [{"model": model, **expected.to_json()}]
     silent = run(recipe_from_mapping({"model": str(tiny_model), "threads": 2, "prune": prune}), out=tmp_path / "b")
     assert silent.evaluations == ()
+
+
+def test_command_prints_the_quality_of_a_recipe_that_only_prunes(tiny_model: Path, tmp_path: Path) -> None:
+    prune = {"method": "magnitude", "allocation": "uniform", "sparsity": 0.5}
+    quality = {"text": "python-docs", "window": 64, "max_windows": 2}
+    recipe = {"model": str(tiny_model), "threads": 2, "prune": prune, "eval": quality}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ("run", tmp_path / "r.yaml", "--out", tmp_path / "out", "--quiet")
+    (found,) = call(*arguments, "--json").document["evaluations"]
+    assert found["n_windows"] == 2
+    assert found["kl_divergence"] > 0
+    printed = call(*arguments).stdout
+    assert f"{tmp_path / 'out' / 'checkpoint'} (torch)" in printed
+    assert f"perplexity {found['perplexity']:.4f}" in printed
+    assert f"KL divergence {found['kl_divergence']:.5f} nats" in printed

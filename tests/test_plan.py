@@ -1,77 +1,28 @@
-"""The plan of a pruning, against what pruning and exporting then really do."""
+"""The plan of a pruning, against what pruning then really does."""
 
 from __future__ import annotations
 
 import json
-import re
-import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from command_line import SMALL_PRUNE, TEXT, call
 from conftest import save_tiny_model
-from transformers import LlamaConfig, OPTConfig
+from planning import GIB, LLAMA_7B_LINEARS, settings
 
-from owl_deploy import allocation, plan_plot, pruning_time
-from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
-from owl_deploy.export.writer import export_onnx
-from owl_deploy.files import folder_bytes
-from owl_deploy.kernels import library_path
-from owl_deploy.plan import open_configuration, plan_pruning, write_plan
-from owl_deploy.plan_plot import plan_svg
+from owl_deploy.errors import RecipeError, UnsupportedModelError
+from owl_deploy.plan import plan_pruning, write_plan
 from owl_deploy.progress import Step
 from owl_deploy.pruning import prune
-from owl_deploy.recipe import ArtifactSettings, ExportSettings, PruneSettings, load_recipe
-from owl_deploy.skeleton import open_skeleton
+from owl_deploy.recipe import PruneSettings
+from owl_deploy.skeleton import open_configuration
 
-ROOT = Path(__file__).resolve().parent.parent
-PAPERS = sorted((ROOT / "recipes" / "papers").glob("*.yaml"))
-LLAMA_7B_LINEARS = 6_476_005_376  # 32 blocks of 4 x 4096 x 4096 and 3 x 4096 x 11008
-MEASURED_SPEED = pruning_time._flop_per_second
-SVG = "{http://www.w3.org/2000/svg}"
-GIB = 2**30
+pytestmark = pytest.mark.usefixtures("known_speed")
 
 
-@pytest.fixture(autouse=True)
-def _known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring takes a third of a second."""
-    monkeypatch.setattr(pruning_time, "_flop_per_second", lambda skeleton, settings: 1e11)
-
-
-def settings(**changes: Any) -> PruneSettings:
-    values = {"sparsity": 0.6, "owl_m": 3.0, "calibration": TEXT, "n_samples": 4, "seq_len": 32}
-    return PruneSettings.model_validate({**values, **changes})
-
-
-@pytest.fixture(scope="module")
-def llama_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nothing but the configuration: transformers' defaults have the shape of LLaMA-7B."""
-    folder = tmp_path_factory.mktemp("configurations") / "llama-7b"
-    LlamaConfig(dtype="float16").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def opt_6_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("configurations") / "opt-6.7b"
-    sizes = {"hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384, "num_hidden_layers": 32}
-    OPTConfig(**sizes, num_attention_heads=32, vocab_size=50272, max_position_embeddings=2048).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def six_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("configurations") / "six"
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-    LlamaConfig(num_hidden_layers=6, vocab_size=260, **sizes).save_pretrained(folder)
-    return folder
-
-
-# --- Against what prune does --------------------------------------------------------------------
+# --- Against what prune does ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -165,73 +116,6 @@ def test_model_facts_are_counts_of_the_model(tiny_model: Path) -> None:
     assert facts["prunable_share"] == pytest.approx(2 * in_block / n_parameters)
 
 
-# --- Sizes --------------------------------------------------------------------------------------
-
-
-def of_artifacts(artifacts: Sequence[dict[str, Any]]) -> tuple[ArtifactSettings, ...]:
-    return tuple(ArtifactSettings.model_validate({"name": f"a{i}", **one}) for i, one in enumerate(artifacts))
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model large enough that its weights are most of what is on the disk, and what became of it."""
-    folder = tmp_path_factory.mktemp("sizes")
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4, "tie_word_embeddings": False}
-    model = save_tiny_model(folder / "model", **sizes)
-    prune(str(model), settings(sparsity=0.7), out=folder / "sparse", threads=1)
-    return model, folder / "sparse"
-
-
-def test_size_of_the_sparse_checkpoint_is_predicted_within_3_percent(pruned: tuple[Path, Path]) -> None:
-    model, sparse = pruned
-    sizes = plan_pruning(str(model), settings(sparsity=0.7), threads=1).facts["sizes"]
-    assert sizes["checkpoint_bytes"] == pytest.approx(folder_bytes(sparse), rel=0.03)
-
-
-@pytest.mark.parametrize(
-    "artifact",
-    [
-        {"checkpoint": "dense"},
-        {"weights": "sparse-initializer"},
-        {"weights": "sparse-initializer", "target": "deepsparse"},
-        {"weights": "sparse-operator"},
-        {"weights": "sparse-operator", "precision": "fp16"},
-        {"weights": "sparse-operator", "precision": "int8"},
-        {"weights": "sparse-operator", "precision": "int4"},
-        {"weights": "sparse-operator", "precision": "int8", "encoding": "bitmask", "checkpoint": "dense"},
-    ],
-    ids=lambda artifact: "-".join(artifact.values()),
-)
-def test_size_of_an_artifact_is_predicted_within_3_percent(
-    pruned: tuple[Path, Path], tmp_path: Path, artifact: dict[str, Any]
-) -> None:
-    model, sparse = pruned
-    (planned,) = plan_pruning(str(model), settings(sparsity=0.7), artifacts=of_artifacts([artifact]), threads=1).facts[
-        "sizes"
-    ]["artifacts"]
-    source = model if artifact.get("checkpoint") == "dense" else sparse
-    chosen = ExportSettings.model_validate({key: value for key, value in artifact.items() if key != "checkpoint"})
-    exported = export_onnx(str(source), chosen, out=tmp_path / "artifact", threads=1, parity=False)
-    # The operator library is larger than this model, and would hide errors.
-    library = library_path().stat().st_size if chosen.weights == "sparse-operator" else 0
-    assert planned["bytes"] - library == pytest.approx(exported.manifest["bytes_on_disk"] - library, rel=0.03)
-    counts: dict[str, int] = {}
-    for matrix in exported.manifest["matrices"]:
-        counts[matrix["encoding"]] = counts.get(matrix["encoding"], 0) + 1
-    assert planned["encodings"] == counts
-    assert planned["bytes_dense"] == pytest.approx(exported.manifest["bytes_dense"], rel=0.01)  # norms beside
-
-
-def test_artifact_that_does_not_shrink_is_noted(tiny_model: Path) -> None:
-    artifacts = of_artifacts([{"checkpoint": "dense"}, {"weights": "sparse-initializer"}])
-    low = plan_pruning(str(tiny_model), settings(sparsity=0.1), artifacts=artifacts, threads=1).facts
-    high = plan_pruning(str(tiny_model), settings(sparsity=0.7), artifacts=artifacts, threads=1).facts
-    sentence = "The artifact a1 is not predicted to shrink."
-    assert sentence in low["notes"]
-    assert sentence not in high["notes"]
-    assert high["sizes"]["artifacts"][1]["bytes"] < low["sizes"]["artifacts"][1]["bytes"]
-
-
 def test_blocks_too_dense_to_be_faster_are_noted(tiny_model: Path) -> None:
     low = plan_pruning(str(tiny_model), settings(allocation="ramp", ramp_slope=0.5 - 1e-9, sparsity=0.5), threads=1)
     assert any(note.startswith("1 of 2 blocks are asked for less than 40%") for note in low.facts["notes"])
@@ -261,56 +145,6 @@ def test_uniform_and_ramp_and_files_need_no_weights(six_blocks: Path, tmp_path: 
     assert file.facts["range"] is None
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"allocation": "owl"},
-        {"allocation": "dlp"},
-        {"allocation": "alphapruning"},
-        {"allocation": "isc"},
-        {"allocation": "ramp"},
-        {"allocation": "evopress"},
-    ],
-)
-def test_allocation_that_needs_weights_shows_the_range_of_its_rule(
-    six_blocks: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    plan = plan_pruning(str(six_blocks), settings(**changes), threads=1)
-    assert plan.sparsities is None
-    assert {block["sparsity"] for block in plan.facts["blocks"]} == {None}
-    assert plan.facts["range"]["lowest"] < 0.6 < plan.facts["range"]["highest"]
-    assert any("needs weights" in note for note in plan.facts["notes"])
-    assert plan.facts["time"]["in_cache"] == []
-    write_plan(plan, tmp_path / "plan")
-    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"plan.json", "plan.svg"}
-
-
-@pytest.mark.parametrize("target", [0.5, 0.95])
-@pytest.mark.parametrize("per", ["block", "linear"])
-@pytest.mark.parametrize("rule", ["owl", "dlp", "alphapruning", "isc"])
-def test_range_holds_whatever_the_figures_and_is_reached(six_blocks: Path, rule: str, per: str, target: float) -> None:
-    chosen = settings(allocation=rule, allocation_per=per, sparsity=target, alpha_epsilon=0.3)  # 0.95 is clipped
-    facts = plan_pruning(str(six_blocks), chosen, artifacts=(), threads=1).facts
-    low, high = facts["range"]["lowest"], facts["range"]["highest"]
-    sizes = [block["n_weights"] for block in facts["blocks"]]
-    if per == "linear":
-        sizes = [linear["shape"][0] * linear["shape"][1] for linear in facts["linears"]]
-    share: Callable[[list[float]], list[float]] = {
-        "owl": lambda f: allocation.owl(f, sizes, target, owl_lambda=chosen.owl_lambda),
-        "dlp": lambda f: allocation.dlp(f, sizes, target, alpha=chosen.dlp_alpha),
-        "alphapruning": lambda f: allocation.alphapruning(f, sizes, target, epsilon=0.3),
-        "isc": lambda f: allocation.isc(f, sizes, target, half_width=chosen.isc_half_width),
-    }[rule]
-    random = np.random.default_rng(0)
-    draws = [random.exponential(size=len(sizes)) for _ in range(100)]
-    draws += [np.eye(len(sizes))[sizes.index(min(sizes))], 1 - np.eye(len(sizes))[sizes.index(min(sizes))]]
-    values = [value for figures in draws for value in share(figures.tolist())]
-    assert low - 1e-9 <= min(values)
-    assert max(values) <= high + 1e-9
-    if rule != "isc":
-        assert (min(values), max(values)) == pytest.approx((low, high), abs=1e-9)
-
-
 def test_llama_7b_is_planned_from_its_configuration(llama_7b: Path) -> None:
     facts = plan_pruning(str(llama_7b), PruneSettings(allocation="uniform"), threads=1).facts
     assert facts["model"]["n_prunable"] == LLAMA_7B_LINEARS
@@ -338,100 +172,7 @@ def test_folder_with_pickles_alone_is_refused_as_by_prune(six_blocks: Path, tmp_
         plan_pruning(str(tmp_path), settings())
 
 
-# --- Recipes of papers ----------------------------------------------------------------------------
-
-
-def test_there_are_recipes_of_four_papers() -> None:
-    names = " ".join(path.stem for path in PAPERS)
-    assert all(word in names for word in ("owl-wanda", "owl-sparsegpt", "alphapruning", "dass", "isc"))
-
-
-@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
-def test_recipe_of_a_paper_begins_by_saying_what_it_is_for_and_what_was_published(path: Path) -> None:
-    text = path.read_text()
-    assert re.match(r"# \S.{20}", text)
-    assert "arXiv" in text.splitlines()[0]
-    assert re.search(r"# Published .*\d\.\d|# No published figure", text)
-
-
-@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
-def test_recipe_of_a_paper_is_planned(path: Path, llama_7b: Path, opt_6_7b: Path) -> None:
-    recipe = load_recipe(path)
-    assert (recipe.prune.calibration, recipe.prune.n_samples, recipe.prune.seq_len) == ("c4", 128, 2048)
-    assert (recipe.eval.text, recipe.eval.window, recipe.seed) == ("wikitext2", 2048, 0)
-    is_opt = recipe.model.startswith("facebook/opt")
-    facts = plan_pruning(str(opt_6_7b if is_opt else llama_7b), recipe.prune, artifacts=(), threads=1).facts
-    n_weights = 32 * (4 * 4096**2 + 2 * 4096 * 16384) if is_opt else LLAMA_7B_LINEARS
-    assert sum(block["n_weights"] for block in facts["blocks"]) == n_weights
-    memory = facts["memory"]
-    assert memory["hidden_states_bytes"] == 4 * GIB
-    block = 4 * n_weights / 32
-    held, states = memory["held_bytes"], 0 if memory["are_hidden_states_on_disk"] else 4 * GIB
-    above = memory["peak_bytes"] - held - states
-    if recipe.prune.isc_sensitivity == "hutchinson":
-        assert memory["peak_bytes"] - held == memory["phases"]["tracing the loss"] > 4 * 4 * n_weights
-    elif recipe.prune.method in ("sparsegpt", "isc"):
-        # Of the widest inputs, a Hessian, its damped copy, two factors and an inverse, beside two of the others.
-        widest = 16384 if is_opt else 11008
-        assert block + 5 * 4 * widest**2 < above < 2 * block + 6 * 4 * widest**2 + 3 * GIB
-    else:
-        assert block < above < 4 * block
-    assert 3600 < facts["time"]["seconds"] < 100 * 86400
-
-
-def test_family_without_a_graph_has_no_artifacts_and_says_why(opt_6_7b: Path) -> None:
-    facts = plan_pruning(str(opt_6_7b), PruneSettings(allocation="uniform"), threads=1).facts
-    assert facts["sizes"]["artifacts"] == []
-    assert "no graph for model type 'opt'" in facts["sizes"]["reason"]
-    assert facts["sizes"]["checkpoint_bytes"] > 4 * 32 * 12 * 4096**2
-    assert any("no graph for model type" in note for note in facts["notes"])
-
-
-# --- Time and memory ------------------------------------------------------------------------------
-
-
-def seconds(model: Path, **changes: Any) -> float:
-    return float(plan_pruning(str(model), settings(**changes), artifacts=(), threads=1).facts["time"]["seconds"])
-
-
-def test_time_of_a_forward_pass_is_two_operations_per_weight_and_token(six_blocks: Path) -> None:
-    many, few = (
-        plan_pruning(str(six_blocks), settings(n_samples=n), artifacts=(), threads=1).facts["time"]["phases"]
-        for n in (200_000, 100_000)
-    )
-    name = "inputs of the dense model"
-    n_weights = 6 * (4 * 64 * 64 + 3 * 64 * 96)
-    attention = 6 * 2 * 32 * 64
-    products = 2 * 32 * 100_000 * (n_weights + attention) / 1e11
-    assert many[name] - few[name] == pytest.approx(1.3 * products, rel=1e-6)
-
-
-def test_speed_is_measured_on_this_machine(six_blocks: Path) -> None:
-    skeleton = open_skeleton(open_configuration(six_blocks))
-    assert 1e6 < MEASURED_SPEED(skeleton, settings()) < 1e16
-
-
-def test_more_work_takes_more_time(six_blocks: Path) -> None:
-    plain = seconds(six_blocks, allocation="uniform")
-    assert seconds(six_blocks, allocation="uniform", n_samples=4000) > plain
-    assert seconds(six_blocks, allocation="uniform", true_sequential=True, n_samples=4000) > seconds(
-        six_blocks, allocation="uniform", n_samples=4000
-    )
-    assert seconds(six_blocks, allocation="uniform", refine="dsnot") > plain
-    assert seconds(six_blocks, allocation="owl") > plain
-    assert seconds(six_blocks, allocation="alphapruning") > plain
-    assert seconds(six_blocks, allocation="uniform", method="alps") > seconds(
-        six_blocks, allocation="uniform", method="sparsegpt"
-    )
-    assert seconds(six_blocks, allocation="uniform", method="magnitude") < plain
-
-
-def test_sampling_is_told_apart_from_the_time_of_pruning(six_blocks: Path) -> None:
-    with_text = plan_pruning(str(six_blocks), settings(), artifacts=(), threads=1).facts
-    sampled = plan_pruning(str(six_blocks), settings(calibration="generated"), artifacts=(), threads=1).facts
-    assert with_text["time"]["sampling_seconds"] is None
-    assert sampled["time"]["sampling_seconds"] > 0
-    assert sampled["time"]["seconds"] == with_text["time"]["seconds"]
+# --- Memory --------------------------------------------------------------------------------------
 
 
 def test_memory_that_is_not_enough_is_refused_as_by_prune(llama_7b: Path) -> None:
@@ -449,68 +190,7 @@ def test_hidden_states_go_to_disk_where_they_do_not_fit(llama_7b: Path) -> None:
     assert below["peak_bytes"] <= limit
 
 
-# --- The picture ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def facts(tiny_model: Path) -> dict[str, Any]:
-    return plan_pruning(str(tiny_model), settings(), artifacts=(), threads=1).facts
-
-
-def words_of(svg: bytes) -> list[str]:
-    return ["".join(element.itertext()) for element in ET.fromstring(svg).iter(f"{SVG}text")]
-
-
-def test_picture_is_xml_with_a_title_and_a_description(facts: dict[str, Any]) -> None:
-    root = ET.fromstring(plan_svg(facts))
-    assert root.tag == f"{SVG}svg"
-    assert root.get("role") == "img"
-    by_id = {element.get("id"): element for element in root}
-    labels = [by_id[name] for name in (root.get("aria-labelledby") or "").split()]
-    assert [element.tag for element in labels] == [f"{SVG}title", f"{SVG}desc"]
-    assert labels[0].text == "Sparsity by block: wanda, owl, 60%"
-    assert "the target is 0.6" in (labels[1].text or "")
-
-
-def test_picture_has_labels_on_its_axes_and_a_panel_for_the_figure(facts: dict[str, Any]) -> None:
-    words = words_of(plan_svg(facts))
-    assert {"sparsity asked", "outlier ratio", "decoder block", "target 0.6"} <= set(words)
-
-
-def test_picture_is_the_same_bytes_twice_small_and_without_a_date(facts: dict[str, Any]) -> None:
-    first = plan_svg(facts)
-    assert plan_svg(facts) == first
-    assert len(first) < 40_000
-    assert b"dc:date" not in first
-
-
-def test_picture_of_linears_that_differ_has_a_line_for_each_kind(tiny_model: Path) -> None:
-    by_linear = plan_pruning(str(tiny_model), settings(allocation_per="linear"), artifacts=(), threads=1).facts
-    kinds = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert kinds <= set(words_of(plan_svg(by_linear)))
-
-
-def test_kinds_of_one_name_are_told_apart_and_experts_are_one_kind() -> None:
-    names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.mlp.experts.0.w1", "h.0.mlp.experts.1.w1"]
-    linears = [{"name": name, "block": 0, "sparsity": 0.1 * i} for i, name in enumerate(names, start=1)]
-    found = plan_plot._by_kind(linears)
-    assert {kind: values[0] for kind, values in found.items()} == pytest.approx(
-        {"attn.c_proj": 0.1, "mlp.c_proj": 0.2, "w1": 0.35}
-    )
-
-
-def test_picture_of_an_allocation_that_needs_weights_shows_its_range(six_blocks: Path) -> None:
-    unknown = plan_pruning(str(six_blocks), settings(), artifacts=(), threads=1).facts
-    assert "what the rule allows; which of it, weights decide" in words_of(plan_svg(unknown))
-
-
-def test_names_cannot_leave_their_place_in_the_picture(facts: dict[str, Any]) -> None:
-    hostile = {**facts["recipe"], "prune": {**facts["recipe"]["prune"], "method": "</title><script>$x^{"}}
-    root = ET.fromstring(plan_svg({**facts, "recipe": hostile}))
-    assert not list(root.iter(f"{SVG}script"))
-
-
-# --- The command ------------------------------------------------------------------------------------
+# --- The command ---------------------------------------------------------------------------------
 
 
 def test_command_prints_tables_and_writes_three_files(tiny_model: Path, tmp_path: Path) -> None:
@@ -587,16 +267,3 @@ def test_folder_that_exists_is_refused_before_any_work_and_untouched(tiny_model:
     done = call("plan", "--model", tiny_model, *SMALL_PRUNE, "--out", tmp_path, "--force")
     assert done.code == 0, done.stderr
     assert "mine.txt" not in {path.name for path in tmp_path.iterdir()}
-
-
-def test_plan_that_cannot_be_drawn_leaves_nothing(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: Any) -> bytes:
-        raise OwlDeployError("no ink")
-
-    plan = plan_pruning(str(tiny_model), settings(), artifacts=(), threads=1)
-    monkeypatch.setattr(plan_plot, "plan_svg", fail)
-    with pytest.raises(OwlDeployError, match="no ink"):
-        write_plan(plan, tmp_path / "plan")
-    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,9 @@
 """The rendition of the published prune drivers, against worked values and the prune stage; and its benchmark."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import save_tiny_model
-from pruning_problems import WEIGHT
+from pruning_problems import CONDITIONED, TWO_BY_FOUR, WEIGHT
 from safetensors.torch import load_file
 
 from owl_deploy.bench import pruning as benchmark
@@ -61,9 +64,7 @@ def test_owl_sparsities_are_those_of_the_worked_example() -> None:
     [(128, [[0.5, 0, 0.687710, 0], [0, 0.478224, 0, 0]]), (2, [[0.5, 0, 0.687710, 0], [0, 0, 0, 0]])],
 )
 def test_sparsegpt_prunes_one_more_than_the_share_of_a_slab(block_size: int, expected: list[list[float]]) -> None:
-    weight = torch.tensor([[0.5, -0.2, 0.8, 0.1], [-0.3, 0.6, 0.05, -0.7]])
-    hessian = torch.tensor([[4.0, 1, 0, 0], [1, 3, 1, 0], [0, 1, 2, 0.5], [0, 0, 0.5, 1]])
-    pruned = sparsegpt(weight, hessian, 0.5, block_size=block_size)
+    pruned = sparsegpt(TWO_BY_FOUR, CONDITIONED.clone(), 0.5, block_size=block_size)  # damped in place
     torch.testing.assert_close(pruned, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
@@ -97,9 +98,7 @@ def run_both(model: Path, folder: Path, **changes: Any) -> Both:
         **changes,
     }
     settings = PruneSettings.model_validate(values)
-    with pytest.MonkeyPatch.context() as patch:  # a fixture of the module is set up before that of the cache
-        patch.setenv("OWL_DEPLOY_CACHE", str(folder / "cache"))
-        report = prune(str(model), settings, out=folder / "ours", threads=1)
+    report = prune(str(model), settings, out=folder / "ours", threads=1)
     tokens = calibration_tokens(open_checkpoint(str(model)), settings, seed=0).tokens
     published = prune_as_published(model, tokens, settings, out=folder / "published")
     theirs = load_file(folder / "published" / "model.safetensors")
@@ -218,18 +217,35 @@ def test_command_measures_every_case(tiny_model: Path, monkeypatch: pytest.Monke
     assert 0.98 < document["agreement"]["same_mask_first_block"] < 1
 
 
-def test_run_has_a_process_and_a_cache_of_its_own(tiny_model: Path, tmp_path: Path) -> None:
-    settings = PruneSettings(n_samples=2, seq_len=16)
-    tokens = np.arange(32).reshape(2, 16) + 40
-    np.save(tmp_path / "tokens.npy", tokens)
-    job = {"driver": "published", "model": str(tiny_model), "settings": settings.model_dump(mode="json"), "threads": 1}
+def test_run_has_a_process_and_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Any] = {}
+
+    def start(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.update(command=command, env=env)
+        return subprocess.CompletedProcess(command, 0, json.dumps(vars(run(1.0, pruning=1.0))), "")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    job = {"driver": "published", "threads": 1}
+    assert benchmark._run_in_child(job, tmp_path / "cache") == run(1.0, pruning=1.0)
+    *command, flag, text = started["command"]
+    assert command == [sys.executable, "-m", "owl_deploy.bench.pruning"]
+    assert (flag, json.loads(text)) == ("--job", job)
+    assert started["env"] == {**os.environ, "OWL_DEPLOY_CACHE": str(tmp_path / "cache")}
+
+
+def test_job_of_a_process_is_done_and_measured(tiny_model: Path, tmp_path: Path) -> None:
+    settings = PruneSettings(n_samples=2, seq_len=16).model_dump(mode="json")
+    np.save(tmp_path / "tokens.npy", np.arange(32).reshape(2, 16) + 40)
     out = tmp_path / "out"
-    run = benchmark._run_in_child({**job, "out": str(out), "tokens": str(tmp_path / "tokens.npy")}, tmp_path / "cache")
+    paths = {"model": str(tiny_model), "tokens": str(tmp_path / "tokens.npy"), "out": str(out)}
+    job = {"driver": "published", "settings": settings, "threads": 1, **paths}
+    done = CliRunner().invoke(benchmark.main, ["--job", json.dumps(job)], catch_exceptions=False)
+    run = benchmark._Run(**json.loads(done.stdout))
     assert list(run.phases) == ["inputs of the dense model", "pruning blocks", "finish"]
     assert sum(run.layer_sparsities) / 2 == pytest.approx(0.7)
+    assert run.seconds == pytest.approx(sum(run.phases.values()))
     assert run.cpu_seconds > 0
-    # A process that has imported torch, and not this one.
-    assert run.peak_rss_bytes > 50e6
+    assert run.peak_rss_bytes > 50e6  # a process that has imported torch
     weight = load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert set((weight == 0).sum(dim=1).tolist()) == {int(96 * run.layer_sparsities[0])}
 

@@ -23,16 +23,9 @@ from command_line import call
 from conftest import TINY, byte_tokenizer
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from random_models import random_model, save
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.bench.measure import Workload, _bytes_per_step
@@ -71,11 +64,6 @@ def library_obstacle() -> str:
 
 needs_library = pytest.mark.skipif(bool(library_obstacle()), reason=library_obstacle())
 
-_KINDS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("llama", {}),
     "untied": ("llama", {"tie_word_embeddings": False}),
@@ -94,19 +82,7 @@ def sparse_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     def make(name: str) -> Path:
         if not (folder / name).exists():
             family, changes = MODELS[name]
-            config, kind = _KINDS[family]
-            torch.manual_seed(0)
-            model = kind(config(**{**TINY, "initializer_range": 0.15, **changes}))
-            with torch.no_grad():
-                for parameter_name, parameter in model.named_parameters():
-                    if parameter_name.endswith("norm.weight"):
-                        parameter.uniform_(0.5, 1.5)
-                    elif parameter_name.endswith("bias"):
-                        parameter.normal_(0, 0.3)
-                    elif ".layers." in parameter_name:
-                        parameter.mul_(torch.rand_like(parameter) >= SPARSITY)
-            model.save_pretrained(folder / name)
-            byte_tokenizer().save_pretrained(folder / name)
+            save(random_model(family, sparsity=SPARSITY, **changes), folder / name)
         return folder / name
 
     return make

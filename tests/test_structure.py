@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from owl_deploy.calibration import calibration_tokens
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
 from owl_deploy.evaluation import evaluate
+from owl_deploy.policy_search import Found, Masks, most_probable, search
 from owl_deploy.pruning import prune
 from owl_deploy.recipe import EvalSettings, PruneSettings, StructureSettings
 from owl_deploy.structure import StructureReport, masked, structure, structure_shape
@@ -46,20 +51,18 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.15,
 }
 FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
-    "mistral": MistralConfig(**SIZES, sliding_window=16),
+    "llama with all biases, tied": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "mistral, one key per query": MistralConfig(**{**SIZES, "num_key_value_heads": 6}, sliding_window=16),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
-    "gemma": GemmaConfig(**SIZES),
-    "one-key-per-query": LlamaConfig(**{**SIZES, "num_key_value_heads": 6}),
-    "one-key-for-all-but-channels": LlamaConfig(**{**SIZES, "num_key_value_heads": 1}),
+    "gemma, one key for all": GemmaConfig(**{**SIZES, "num_key_value_heads": 1}),
 }
 
 
 def settings(**changes: Any) -> StructureSettings:
     values = {"heads_kept": 0.67, "channels_kept": 0.7, "channel_multiple": 8, "n_steps": 4, "calibration": TEXT}
-    return StructureSettings.model_validate({**values, "n_samples": 4, "seq_len": 24, "batch_size": 2, **changes})
+    small = {"n_samples": 6, "held_out": 0.7, "seq_len": 24, "batch_size": 2}
+    return StructureSettings.model_validate({**values, **small, **changes})
 
 
 def save_model(config: Any, folder: Path) -> Path:
@@ -96,13 +99,27 @@ def kept_masks(folder: Path, shape: dict[str, Any]) -> dict[str, torch.Tensor]:
     return masks
 
 
+Pair = tuple[Path, Path]
+"""Source and result."""
+
+
+@pytest.fixture(scope="module")
+def cut_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """Models of FAMILIES by name, each saved and cut once."""
+
+    @cache
+    def made(name: str) -> Pair:
+        folder = tmp_path_factory.mktemp("structure")
+        source = save_model(FAMILIES[name], folder / "source")
+        structure(str(source), settings(), out=folder / "out", threads=1)
+        return source, folder / "out"
+
+    return made
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
-def cut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Source and result."""
-    folder = tmp_path_factory.mktemp("structure")
-    source = save_model(FAMILIES[request.param], folder / "source")
-    structure(str(source), settings(), out=folder / "out", threads=1)
-    return source, folder / "out"
+def cut(request: pytest.FixtureRequest, cut_of: Callable[[str], Pair]) -> Pair:
+    return cut_of(request.param)
 
 
 # --- What comes out -------------------------------------------------------------------------------
@@ -170,30 +187,35 @@ def test_tensors_that_are_not_cut_are_the_same(cut: tuple[Path, Path]) -> None:
 
 
 def test_result_is_never_worse_than_the_metric_on_what_is_held_out(cut: tuple[Path, Path]) -> None:
-    search = owl_json(cut[1])["search"]
-    losses = search["held_out_loss"]
-    first, *others = search["checks"]
-    better = [check for check in others if check["gain_error"] is not None and check["gain"] > check["gain_error"]]
+    record = owl_json(cut[1])["search"]
+    losses = record["held_out_loss"]
+    first, *others = record["checks"]
+    assert all(check["gain_error"] is not None for check in others)
+    better = [check for check in others if check["gain"] > check["gain_error"]]
     assert losses["chosen"] == min((check["held_out_loss"] for check in better), default=first["held_out_loss"])
-    assert losses["chosen"] <= losses["metric"] == search["checks"][0]["held_out_loss"]
+    assert losses["chosen"] <= losses["metric"] == first["held_out_loss"]
 
 
 # --- One model ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(FAMILIES["qwen2"], tmp_path_factory.mktemp("qwen2") / "model")
+def qwen2(cut_of: Callable[[str], Pair]) -> Path:
+    return cut_of("qwen2")[0]
+
+
+@pytest.fixture(scope="module")
+def qwen2_cut(cut_of: Callable[[str], Pair]) -> Path:
+    return cut_of("qwen2")[1]
 
 
 def run(source: Path, out: Path, **changes: Any) -> StructureReport:
     return structure(str(source), settings(**changes), out=out, threads=1)
 
 
-def test_biases_are_cut_with_their_rows(qwen2: Path, tmp_path: Path) -> None:
-    run(qwen2, tmp_path / "out", n_steps=0)
-    before, after = stored(qwen2), stored(tmp_path / "out")
-    for block in owl_json(tmp_path / "out")["kept"]:
+def test_biases_are_cut_with_their_rows(qwen2: Path, qwen2_cut: Path) -> None:
+    before, after = stored(qwen2), stored(qwen2_cut)
+    for block in owl_json(qwen2_cut)["kept"]:
         prefix = f"model.layers.{block['index']}.self_attn"
         keys = torch.cat([before[f"{prefix}.k_proj.bias"][8 * g : 8 * g + 8] for g in block["heads"]])
         queries = torch.cat([before[f"{prefix}.q_proj.bias"][16 * g : 16 * g + 16] for g in block["heads"]])
@@ -205,8 +227,6 @@ def test_metric_is_weight_norm_times_input_norm_of_the_dense_model(qwen2: Path, 
     """Without a search exactly these units stay, computed here in float64 by hand."""
     run(qwen2, tmp_path / "out", n_steps=0)
     facts = owl_json(tmp_path / "out")
-    from owl_deploy.calibration import calibration_tokens
-
     rows = torch.from_numpy(calibration_tokens(open_checkpoint(str(qwen2)), settings(), seed=0).tokens)
     model = load(qwen2)
     seen: dict[str, list[torch.Tensor]] = {}
@@ -215,7 +235,7 @@ def test_metric_is_weight_norm_times_input_norm_of_the_dense_model(qwen2: Path, 
             inputs = seen.setdefault(f"{index}.{kind}", [])
             linear.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0][0].double()))
     with torch.inference_mode():
-        for row in rows[:3]:  # the fourth is held out
+        for row in rows[:2]:  # the others are held out
             model(row[None])
     for index, block in enumerate(model.model.layers):
         for kind, linear, n_units, n_kept in (
@@ -227,33 +247,31 @@ def test_metric_is_weight_norm_times_input_norm_of_the_dense_model(qwen2: Path, 
             assert facts["kept"][index][kind] == sorted(metric.topk(n_kept).indices.tolist())
 
 
-def test_same_seed_gives_the_same_files(qwen2: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        run(qwen2, tmp_path / name, n_steps=6, check_every=2)
+def test_same_seed_gives_the_same_files(qwen2: Path, qwen2_cut: Path, tmp_path: Path) -> None:
+    run(qwen2, tmp_path / "again")
     for file in ("owl.json", "config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert (tmp_path / "again" / file).read_bytes() == (qwen2_cut / file).read_bytes()
 
 
 def test_type_of_the_weights_and_the_tied_head_stay(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "source", dtype="bfloat16")
     half = load(source).to(torch.bfloat16)
     half.save_pretrained(source)
-    run(source, tmp_path / "out", heads_kept=0.5)
+    run(source, tmp_path / "out", heads_kept=0.5, n_steps=0)
     assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert "lm_head.weight" not in stored(tmp_path / "out")
 
 
-def test_source_in_several_files_gives_as_many(qwen2: Path, tmp_path: Path) -> None:
+def test_source_in_several_files_gives_as_many(qwen2: Path, qwen2_cut: Path, tmp_path: Path) -> None:
     load(qwen2).save_pretrained(tmp_path / "source", max_shard_size="40KB")
     byte_tokenizer().save_pretrained(tmp_path / "source")
     n_files = len(list((tmp_path / "source").glob("*.safetensors")))
     assert n_files > 1
     run(tmp_path / "source", tmp_path / "out")
-    run(qwen2, tmp_path / "single")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == n_files
-    several, single = stored(tmp_path / "out"), stored(tmp_path / "single")
+    several, single = stored(tmp_path / "out"), stored(qwen2_cut)
     assert several.keys() == single.keys()
     assert all(torch.equal(several[name], single[name]) for name in single)
     assert load(tmp_path / "out").config.intermediate_size == 32
@@ -262,7 +280,7 @@ def test_source_in_several_files_gives_as_many(qwen2: Path, tmp_path: Path) -> N
 def test_pruned_source_keeps_its_zeros_but_not_its_facts(qwen2: Path, tmp_path: Path) -> None:
     wanted = PruneSettings(method="magnitude", allocation="uniform", sparsity=0.5)
     prune(str(qwen2), wanted, out=tmp_path / "sparse", threads=1)
-    run(tmp_path / "sparse", tmp_path / "out")
+    run(tmp_path / "sparse", tmp_path / "out", n_steps=0)
     facts = owl_json(tmp_path / "out")
     assert "structure" in facts["recipe"]
     assert "linears" not in facts
@@ -270,9 +288,8 @@ def test_pruned_source_keeps_its_zeros_but_not_its_facts(qwen2: Path, tmp_path: 
     assert (stored(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() > 0.2
 
 
-def test_result_can_be_pruned_evaluated_and_cut_again(qwen2: Path, tmp_path: Path) -> None:
-    run(qwen2, tmp_path / "once")
-    run(tmp_path / "once", tmp_path / "twice", heads_kept=0.5, channels_kept=0.5)
+def test_result_can_be_pruned_evaluated_and_cut_again(qwen2_cut: Path, tmp_path: Path) -> None:
+    run(qwen2_cut, tmp_path / "twice", heads_kept=0.5, channels_kept=0.5, n_steps=0)
     wanted = PruneSettings(calibration=TEXT, n_samples=2, seq_len=24, sparsity=0.5)
     prune(str(tmp_path / "twice"), wanted, out=tmp_path / "sparse", threads=1)
     (result,) = evaluate([str(tmp_path / "sparse")], EvalSettings(text=TEXT, window=32, max_windows=1), threads=1)
@@ -282,25 +299,64 @@ def test_result_can_be_pruned_evaluated_and_cut_again(qwen2: Path, tmp_path: Pat
     assert config.intermediate_size == 16
 
 
+@pytest.mark.parametrize(("n_samples", "n_held_out"), [(15, 4), (13, 3)])
+def test_fewer_than_four_held_out_sequences_are_no_search(
+    qwen2: Path, tmp_path: Path, n_samples: int, n_held_out: int
+) -> None:
+    run(qwen2, tmp_path / "out", n_samples=n_samples, held_out=0.25, n_steps=1)
+    record = owl_json(tmp_path / "out")["search"]
+    assert record["n_held_out"] == n_held_out
+    assert (record["n_steps"], record["candidate"] is None) == ((1, False) if n_held_out == 4 else (0, True))
+    assert ("takes 4 held-out sequences, there are 3" in record["chosen"]["reason"]) == (n_held_out == 3)
+
+
+@pytest.mark.parametrize(
+    ("spread", "is_taken", "reason"),
+    [(3.0, True, "the gain is above its standard error"), (4.0, False, "no gain is above its standard error")],
+)
+def test_record_says_what_other_masks_gain_and_whether_they_are_taken(
+    qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: float, is_taken: bool, reason: str
+) -> None:
+    """Four held-out sequences gain 2 + spread and 2 - spread in turn, by any masks but those of the metric."""
+
+    def with_made_up_losses(start: Any, n_kept: Any, _: Any, *arguments: Any, **keywords: Any) -> Found:
+        of_metric = most_probable(start["channels"], n_kept["channels"])
+
+        def losses(masks: Masks, numbers: Sequence[int]) -> list[float]:
+            is_other = not torch.equal(masks["channels"], of_metric)
+            return [9.0 - is_other * (2 + spread * (-1) ** number) for number in numbers]
+
+        return search(start, n_kept, losses, *arguments, **keywords)
+
+    monkeypatch.setattr("owl_deploy.structure.search", with_made_up_losses)
+    run(qwen2, tmp_path / "out", n_steps=1)
+    facts = owl_json(tmp_path / "out")["search"]
+    assert facts["candidate"]["gain"] == pytest.approx(2)
+    assert facts["candidate"]["gain_error"] == pytest.approx(spread / math.sqrt(3))
+    assert facts["chosen"] == {"step": int(is_taken), "is_draw": is_taken, "reason": reason}
+    assert facts["held_out_loss"]["metric"] == 9
+    assert facts["held_out_loss"]["chosen"] == (7 if is_taken else 9)
+    assert (facts["swapped"]["channels"] > 0) == is_taken
+
+
 def test_budget_ends_the_search_early(qwen2: Path, tmp_path: Path) -> None:
     report = run(qwen2, tmp_path / "out", n_steps=100_000, budget_seconds=0.05)
-    search = report.facts["search"]
-    assert search["n_steps"] == search["checks"][-1]["step"] < 100_000
+    record = report.facts["search"]
+    assert record["n_steps"] == record["checks"][-1]["step"] < 100_000
 
 
-def test_owl_json_says_what_was_done_with_what(qwen2: Path, tmp_path: Path) -> None:
-    run(qwen2, tmp_path / "out")
-    facts = owl_json(tmp_path / "out")
+def test_owl_json_says_what_was_done_with_what(qwen2: Path, qwen2_cut: Path) -> None:
+    facts = owl_json(qwen2_cut)
     assert (facts["kind"], facts["format_version"]) == ("checkpoint", 1)
     assert facts["recipe"] == {"model": str(qwen2), "seed": 0, "structure": settings().model_dump(mode="json")}
     assert facts["source"]["sha256"] == open_checkpoint(str(qwen2)).fingerprint
-    assert facts["calibration"]["n_samples"] == 4
-    assert (facts["search"]["n_training"], facts["search"]["n_held_out"]) == (3, 1)
+    assert facts["calibration"]["n_samples"] == 6
+    assert (facts["search"]["n_training"], facts["search"]["n_held_out"]) == (2, 4)
     assert len(facts["search"]["losses"]) == facts["search"]["n_steps"] == 4
     assert {"torch", "transformers"} <= facts["versions"].keys()
     assert [len(block["channels"]) for block in facts["kept"]] == [32, 32]
     assert [len(block["heads"]) for block in facts["kept"]] == [2, 2]
-    assert {"seconds", "peak_rss_bytes"} <= json.loads((tmp_path / "out" / "measured.json").read_text()).keys()
+    assert {"seconds", "peak_rss_bytes"} <= json.loads((qwen2_cut / "measured.json").read_text()).keys()
 
 
 # --- Counts ---------------------------------------------------------------------------------------
@@ -402,7 +458,7 @@ def test_impossible_settings_are_refused(key: str, value: float) -> None:
 # --- Command line ---------------------------------------------------------------------------------
 
 SMALL = ("--heads-kept", "0.67", "--channels-kept", "0.7", "--channel-multiple", "8", "--calibration", TEXT)
-SEARCH = ("--n-samples", "4", "--seq-len", "24", "--n-steps", "3", "--threads", "1")
+SEARCH = ("--n-samples", "16", "--seq-len", "24", "--n-steps", "3", "--threads", "1")
 
 
 def test_command_prints_one_document(qwen2: Path, tmp_path: Path) -> None:
@@ -423,8 +479,11 @@ def test_command_prints_a_table_and_the_losses(qwen2: Path, tmp_path: Path) -> N
     assert ["heads", "6", "4"] in lines
     assert ["key/value", "heads", "3", "2"] in lines
     assert ["channels", "48", "32"] in lines
-    losses = owl_json(tmp_path / "out")["search"]["held_out_loss"]
+    record = owl_json(tmp_path / "out")["search"]
+    losses, candidate = record["held_out_loss"], record["candidate"]
     assert f"Held-out loss {losses['chosen']:.4f}; by the metric alone {losses['metric']:.4f}" in done.stdout
+    assert f"gain {candidate['gain']:.4f}, standard error {candidate['gain_error']:.4f}\n" in done.stdout
+    assert f": {record['chosen']['reason']}\n" in done.stdout
     assert done.stdout.splitlines()[-1] == f"Checkpoint: {tmp_path / 'out'}"
 
 

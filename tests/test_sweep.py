@@ -25,7 +25,8 @@ from owl_deploy.files import file_sha256
 from owl_deploy.progress import Step
 from owl_deploy.pruning import prune
 from owl_deploy.recipe import EvalSettings, Recipe, recipe_from_mapping
-from owl_deploy.sweep import plan, sweep_cells, with_local_texts
+from owl_deploy.sweep import plan
+from owl_deploy.sweep_grid import sweep_cells, with_local_texts
 
 GRID: list[dict[str, Any]] = [
     {"method": ["magnitude", "wanda"], "allocation": "uniform", "sparsity": [0.7, 0.5]},

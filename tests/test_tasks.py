@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from command_line import TEXT, call
-from conftest import OwlDeploy, byte_tokenizer, save_tiny_model
+from conftest import byte_tokenizer, save_tiny_model
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate as harness_evaluate
@@ -289,18 +289,21 @@ def test_run_puts_back_what_it_changes_of_the_process(tiny_model: Path, folder: 
     assert (utils.env, logging.getLogger("lm_eval").level, os.environ.get("DISABLE_MULTIPROC")) == before
 
 
-@pytest.mark.slow  # a process that imports torch, transformers and the harness
 def test_command_says_nothing_on_stderr_and_writes_nothing(
-    tiny_model: Path, tmp_path: Path, owl_deploy: OwlDeploy
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))}
-    environment |= {"HOME": str(home), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "DOWNLOADED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, str(home / name))  # read from HOME when it was imported
+    monkeypatch.chdir(tmp_path)
     arguments = ("--tasks", "colours,last_word", "--tasks-path", FOLDER, "--threads", "1", "--quiet", "--json")
-    done = owl_deploy("eval", tiny_model, *arguments, env=environment, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    document = json.loads(done.stdout)
+    done = call("eval", tiny_model, *arguments)
+    assert (done.code, done.stderr) == (0, "")
+    assert capfd.readouterr() == ("", "")  # of libraries that write past sys.stdout and sys.stderr
+    document = done.document
     assert (document["lm_eval"], document["engine"], document["context_length"]) == ("0.4.13", "torch", 512)
     assert set(document["tasks"]) == {"colours", "last_word"}
     assert {"acc", "acc_stderr", "n_samples", "num_fewshot", "sha256"} <= set(document["tasks"]["colours"])

@@ -1,0 +1,92 @@
+"""Sizes that a plan predicts, against what pruning and exporting then write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import save_tiny_model
+from planning import settings
+
+from owl_deploy.export.writer import export_onnx
+from owl_deploy.files import folder_bytes
+from owl_deploy.kernels import library_path
+from owl_deploy.plan import plan_pruning
+from owl_deploy.pruning import prune
+from owl_deploy.recipe import ArtifactSettings, ExportSettings, PruneSettings
+
+pytestmark = pytest.mark.usefixtures("known_speed")
+
+
+def of_artifacts(artifacts: Sequence[dict[str, Any]]) -> tuple[ArtifactSettings, ...]:
+    return tuple(ArtifactSettings.model_validate({"name": f"a{i}", **one}) for i, one in enumerate(artifacts))
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model large enough that its weights are most of what is on the disk, and what became of it."""
+    folder = tmp_path_factory.mktemp("sizes")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    model = save_tiny_model(folder / "model", **sizes)
+    prune(str(model), settings(sparsity=0.7), out=folder / "sparse", threads=1)
+    return model, folder / "sparse"
+
+
+def test_size_of_the_sparse_checkpoint_is_predicted_within_3_percent(pruned: tuple[Path, Path]) -> None:
+    model, sparse = pruned
+    sizes = plan_pruning(str(model), settings(sparsity=0.7), threads=1).facts["sizes"]
+    assert sizes["checkpoint_bytes"] == pytest.approx(folder_bytes(sparse), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "artifact",
+    [
+        {"checkpoint": "dense"},
+        {"weights": "sparse-initializer"},
+        {"weights": "sparse-initializer", "target": "deepsparse"},
+        {"weights": "sparse-operator"},
+        {"weights": "sparse-operator", "precision": "fp16"},
+        {"weights": "sparse-operator", "precision": "int8"},
+        {"weights": "sparse-operator", "precision": "int4"},
+        {"weights": "sparse-operator", "precision": "int8", "encoding": "bitmask", "checkpoint": "dense"},
+    ],
+    ids=lambda artifact: "-".join(artifact.values()),
+)
+def test_size_of_an_artifact_is_predicted_within_3_percent(
+    pruned: tuple[Path, Path], tmp_path: Path, artifact: dict[str, Any]
+) -> None:
+    model, sparse = pruned
+    (planned,) = plan_pruning(str(model), settings(sparsity=0.7), artifacts=of_artifacts([artifact]), threads=1).facts[
+        "sizes"
+    ]["artifacts"]
+    source = model if artifact.get("checkpoint") == "dense" else sparse
+    chosen = ExportSettings.model_validate({key: value for key, value in artifact.items() if key != "checkpoint"})
+    exported = export_onnx(str(source), chosen, out=tmp_path / "artifact", threads=1, parity=False)
+    # The operator library is larger than this model, and would hide errors.
+    library = library_path().stat().st_size if chosen.weights == "sparse-operator" else 0
+    assert planned["bytes"] - library == pytest.approx(exported.manifest["bytes_on_disk"] - library, rel=0.03)
+    counts: dict[str, int] = {}
+    for matrix in exported.manifest["matrices"]:
+        counts[matrix["encoding"]] = counts.get(matrix["encoding"], 0) + 1
+    assert planned["encodings"] == counts
+    assert planned["bytes_dense"] == pytest.approx(exported.manifest["bytes_dense"], rel=0.01)  # norms beside
+
+
+def test_artifact_that_does_not_shrink_is_noted(tiny_model: Path) -> None:
+    artifacts = of_artifacts([{"checkpoint": "dense"}, {"weights": "sparse-initializer"}])
+    low = plan_pruning(str(tiny_model), settings(sparsity=0.1), artifacts=artifacts, threads=1).facts
+    high = plan_pruning(str(tiny_model), settings(sparsity=0.7), artifacts=artifacts, threads=1).facts
+    sentence = "The artifact a1 is not predicted to shrink."
+    assert sentence in low["notes"]
+    assert sentence not in high["notes"]
+    assert high["sizes"]["artifacts"][1]["bytes"] < low["sizes"]["artifacts"][1]["bytes"]
+
+
+def test_family_without_a_graph_has_no_artifacts_and_says_why(opt_6_7b: Path) -> None:
+    facts = plan_pruning(str(opt_6_7b), PruneSettings(allocation="uniform"), threads=1).facts
+    assert facts["sizes"]["artifacts"] == []
+    assert "no graph for model type 'opt'" in facts["sizes"]["reason"]
+    assert facts["sizes"]["checkpoint_bytes"] > 4 * 32 * 12 * 4096**2
+    assert any("no graph for model type" in note for note in facts["notes"])
