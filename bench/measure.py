@@ -39,7 +39,8 @@ __all__ = ["Workload", "measure_artifacts", "workloads"]
 
 _OUTSIDE_CLOCK = (
     "tokenisation, sampling, filling of the cache and, for ONNX Runtime, binding of its buffers; "
-    "inside: one call of the engine, with the logits of all its tokens and the update of the KV cache"
+    "inside: one call of the engine, with the logits of its last token alone, as in generation, and the update of the "
+    "KV cache"
 )
 _BYTES_PER_STEP = (
     "weights that one decode step multiplies plus the keys and values it reads; ONNX Runtime holds sparse "
@@ -237,6 +238,7 @@ def _measure_workload(
                         threads=threads,
                         n_tokens=workload.n_tokens,
                         capacity=workload.past_len + workload.n_tokens,
+                        last_logits_only=True,
                         timeout_s=settings.timeout_s,
                     )
                 )

@@ -6,56 +6,116 @@ written. It knows nothing of ONNX and reads no large weight.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.export.families import FAMILIES, Family, NormKind, TensorNames
 
-__all__ = ["Decoder", "WeightSource", "read_decoder"]
+__all__ = ["Activation", "Block", "Decoder", "RotaryTables", "WeightSource", "read_decoder"]
+
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+"""transformers' names; `gelu` is the exact one, with the error function."""
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """An ONNX initializer that is filled from one tensor of the checkpoint when the file is written."""
+    """An ONNX initializer that is filled from tensors of the checkpoint when the file is written."""
 
-    tensor: str
-    """Name of the tensor in the checkpoint."""
+    tensors: tuple[str, ...]
+    """Names of tensors in the checkpoint, stacked by rows."""
     is_transposed: bool
-    """True where the initializer is the tensor's transpose: a linear's (out, in) becomes (in, out)."""
+    """True where the initializer is the transpose of that: a linear's (out, in) becomes (in, out)."""
+    offset: float = 0.0
+    """Added to every value: the norms of Gemma multiply by 1 + weight."""
+    is_half: bool = False
+    """True where it lies in the file as float16."""
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Angles of the rotary embedding for every position; a head's first 2 * n_pairs values are rotated."""
+
+    cos: NDArray[np.float32]
+    """(max_positions, n_pairs), attention scaling included."""
+    sin: NDArray[np.float32]
+    """(max_positions, n_pairs), attention scaling included."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one block attends; all else is the same in every block."""
+
+    rotary: str | None
+    """Which of the decoder's rotary tables turns queries and keys; None leaves them as they are."""
+    sliding_window: int | None
+    """Positions that a token may look back upon, itself included; None for all."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Shape of a Llama-like decoder: pre-norm blocks of grouped-query attention and a gated MLP."""
+    """Shape of a pre-norm decoder: blocks of grouped-query attention and an MLP on one residual stream."""
 
     model_type: str
     """`model_type` of the Hugging Face configuration."""
-    n_blocks: int
+    names: TensorNames
+    blocks: tuple[Block, ...]
     hidden_size: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
     intermediate_size: int
     vocab_size: int
-    rms_norm_eps: float
+    norm: NormKind
+    norm_epsilon: float
+    norm_offset: float
+    """Added to the weights of all norms."""
+    activation: Activation
+    is_gated: bool
+    """Whether the MLP is down(activation(gate(x)) * up(x)), or down(activation(up(x)))."""
     has_qkv_bias: bool
-    """True where q, k and v projections carry a bias (Qwen2)."""
-    has_o_bias: bool
+    """True where q, k and v projections carry a bias."""
+    has_output_bias: bool
+    """True where the output projection of attention does."""
     has_mlp_bias: bool
     has_tied_head: bool
     """True where `lm_head` shares its weight with the embedding."""
-    sliding_window: int | None
-    """Positions that a token may look back upon, in every block; None for all."""
+    embedding_scale: float
+    """What rows of the embedding are multiplied by."""
+    query_scale: float
+    """What scores are multiplied by."""
+    attention_softcap: float | None
+    """c of c * tanh(score / c); None for none."""
+    logit_softcap: float | None
+    """c of c * tanh(logit / c); None for none."""
     max_positions: int
-    """Rows of the rotary tables: the longest context that the artifact supports, in tokens."""
-    cos: NDArray[np.float32]
-    """Rotary cosines, (max_positions, head_dim / 2), attention scaling included."""
-    sin: NDArray[np.float32]
-    """Rotary sines, (max_positions, head_dim / 2), attention scaling included."""
+    """The longest context that the artifact supports, in tokens."""
+    position_offset: int
+    """Row of the learned embedding of positions, where there is one, that belongs to the first token."""
+    n_position_rows: int
+    """Rows of that embedding, 0 where there is none."""
+    rotary: dict[str, RotaryTables]
+    """Tables by the name that blocks give."""
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def head(self) -> str:
+        """Module whose weight, (vocab, hidden), makes logits."""
+        return self.names.embedding if self.has_tied_head else "lm_head"
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Outputs of the projections to queries, keys and values."""
+        return self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.head_dim
 
     @property
     def kv_names(self) -> list[str]:
@@ -63,7 +123,6 @@ class Decoder:
         return [f"{i}.{part}" for i in range(self.n_blocks) for part in ("key", "value")]
 
 
-_FAMILIES = ("llama", "mistral", "qwen2")
 # Scalings whose tables are the same for every sequence length.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -72,7 +131,7 @@ def read_decoder(checkpoint: Checkpoint, *, max_positions: int) -> Decoder:
     """Read the shape of a checkpoint's decoder.
 
     Args:
-        checkpoint: of the Llama, Mistral or Qwen2 family.
+        checkpoint: of one of `FAMILIES`.
         max_positions: longest context wanted, in tokens; the model's own limit caps it.
 
     Raises:
@@ -81,57 +140,114 @@ def read_decoder(checkpoint: Checkpoint, *, max_positions: int) -> Decoder:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    family = config.model_type
-    if family not in _FAMILIES:
-        raise UnsupportedModelError(f"no graph for model type {family!r} yet: export takes {', '.join(_FAMILIES)}")
-    if config.hidden_act != "silu":
-        raise UnsupportedModelError(f"no graph for activation {config.hidden_act!r}: export takes silu")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family = _family(config)
+    names = family.names
     n_positions = min(max_positions, config.max_position_embeddings)
-    cos, sin = _rotary_tables(config, n_positions)
+    blocks = _blocks(config, family, n_positions)
+
+    def stated(key: str | None) -> Any:
+        return getattr(config, key, None) if key is not None else None
+
+    head_dim = stated(family.head_size) or config.hidden_size // config.num_attention_heads
+    attention, mlp = f"{names.blocks}.0.{names.attention}", f"{names.blocks}.0.{names.mlp}".removesuffix(".")
     return Decoder(
-        model_type=family,
-        n_blocks=config.num_hidden_layers,
+        model_type=config.model_type,
+        names=names,
+        blocks=blocks,
         hidden_size=config.hidden_size,
         n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
+        n_kv_heads=stated(family.kv_heads) or config.num_attention_heads,
         head_dim=head_dim,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=getattr(config, family.intermediate_size),
         vocab_size=config.vocab_size,
-        rms_norm_eps=config.rms_norm_eps,
-        has_qkv_bias="model.layers.0.self_attn.q_proj.bias" in checkpoint.tensors,
-        has_o_bias="model.layers.0.self_attn.o_proj.bias" in checkpoint.tensors,
-        has_mlp_bias="model.layers.0.mlp.gate_proj.bias" in checkpoint.tensors,
+        norm=family.norm,
+        norm_epsilon=config.rms_norm_eps if family.norm == "rms" else 1e-5,  # torch's, which no configuration states
+        norm_offset=family.norm_offset,
+        activation=getattr(config, family.activation),
+        is_gated=family.is_gated,
+        has_qkv_bias=f"{attention}.{names.query_key_value[0]}.bias" in checkpoint.tensors,
+        has_output_bias=f"{attention}.{names.attention_output}.bias" in checkpoint.tensors,
+        has_mlp_bias=f"{mlp}.{names.mlp_inputs[0]}.bias" in checkpoint.tensors,
         has_tied_head=bool(config.tie_word_embeddings),
-        sliding_window=_sliding_window(config, n_positions),
+        embedding_scale=config.hidden_size**0.5 if family.scales_embedding else 1.0,
+        query_scale=(stated(family.query_scalar) or head_dim) ** -0.5,
+        attention_softcap=stated(family.attention_softcap),
+        logit_softcap=stated(family.logit_softcap),
         max_positions=n_positions,
-        cos=cos,
-        sin=sin,
+        position_offset=family.position_offset,
+        n_position_rows=config.max_position_embeddings + family.position_offset if names.positions else 0,
+        rotary=_rotary_tables(config, family, {block.rotary for block in blocks}, n_positions),
     )
 
 
-def _rotary_tables(config: Any, n_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return cosines and sines (n_positions, head_dim / 2), from transformers' own frequencies."""
+def _family(config: Any) -> Family:
+    """Return what a configuration's model type means, if there is a graph for all that it says."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"no graph for model type {config.model_type!r} yet: export takes {', '.join(FAMILIES)}"
+        )
+    activation = getattr(config, family.activation)
+    if activation not in get_args(Activation):
+        raise UnsupportedModelError(
+            f"no graph for activation {activation!r}: export takes {', '.join(get_args(Activation))}"
+        )
+    equal = {attribute: getattr(config, other) for attribute, other in family.equal.items()}
+    for attribute, value in {**family.fixed, **equal}.items():
+        if (found := getattr(config, attribute)) != value:
+            raise UnsupportedModelError(
+                f"no graph for {config.model_type} with {attribute} {found!r}: export takes {value!r}"
+            )
+    return family
+
+
+def _blocks(config: Any, family: Family, n_positions: int) -> tuple[Block, ...]:
+    n_blocks = config.num_hidden_layers
+    window: int | None = config.sliding_window if family.windows != "none" else None
+    # The masks of transformers go by layer_types alone, whatever use_sliding_window says.
+    kinds = config.layer_types if family.windows == "by layer type" else ["sliding_attention"] * n_blocks
+    rotates = getattr(config, family.rotary_blocks) if family.rotary_blocks else [family.has_rotary] * n_blocks
+    blocks = []
+    for kind, is_rotated in zip(kinds, rotates, strict=True):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(f"no graph for layer_types {kind!r}: export takes full and sliding attention")
+        own = window if kind == "sliding_attention" else None
+        table = "rotary_of_windows" if own is not None and family.window_rope_theta else "rotary"
+        # A window as long as the artifact's context hides nothing.
+        hides = own is not None and own < n_positions
+        blocks.append(Block(rotary=table if is_rotated else None, sliding_window=own if hides else None))
+    return tuple(blocks)
+
+
+def _rotary_tables(config: Any, family: Family, wanted: set[str | None], n_positions: int) -> dict[str, RotaryTables]:
+    """Return the tables that blocks name."""
+    tables = {}
+    if "rotary" in wanted:
+        tables["rotary"] = _rotary_table(config, n_positions)
+    if "rotary_of_windows" in wanted and family.window_rope_theta is not None:
+        unscaled = copy(config)
+        unscaled.rope_theta, unscaled.rope_scaling = getattr(config, family.window_rope_theta), None
+        tables["rotary_of_windows"] = _rotary_table(unscaled, n_positions)
+    return tables
+
+
+def _rotary_table(config: Any, n_positions: int) -> RotaryTables:
+    """Return cosines and sines from transformers' own frequencies."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaling = getattr(config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _ROPE_TYPES:
+    short = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    if kind == "longrope" and n_positions > short:
+        raise UnsupportedModelError(
+            f"rope scaling 'longrope' depends on the length of the text: fixed tables express it up to {short} "
+            f"positions: export with max_positions {short}"
+        )
+    if kind not in (*_ROPE_TYPES, "longrope"):
         raise UnsupportedModelError(
             f"rope scaling {kind!r} depends on the length of the text: no fixed tables express it"
         )
     frequencies, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     angles = torch.outer(torch.arange(n_positions, dtype=torch.float32), frequencies.float())
-    return (angles.cos() * attention_scaling).numpy(), (angles.sin() * attention_scaling).numpy()
-
-
-def _sliding_window(config: Any, n_positions: int) -> int | None:
-    """Return the window that all blocks share, None for full attention."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
-    if kinds == {"full_attention"} or window is None or window >= n_positions:
-        return None
-    if len(kinds) > 1:
-        raise UnsupportedModelError(f"blocks of different attention ({', '.join(sorted(kinds))}) have no graph yet")
-    return int(window)
+    return RotaryTables((angles.cos() * attention_scaling).numpy(), (angles.sin() * attention_scaling).numpy())

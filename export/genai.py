@@ -9,13 +9,18 @@ from owl_deploy.text import Encoder
 
 __all__ = ["genai_config"]
 
+# Types that onnxruntime-genai 0.18 does not know -> one that runs the same loop: tokens and mask in, logits and cache
+# out. The graph counts positions itself, so that nothing of the family is left to do outside of it.
+_TYPES = {"opt": "llama"}
+
 
 def genai_config(
     decoder: Decoder, encoder: Encoder, end_tokens: list[int], *, operator_library: str | None = None
 ) -> dict[str, Any]:
     """Return the configuration in the layout of onnxruntime-genai's model builder (0.18).
 
-    Sampling is off (greedy) and past and present share one buffer; users override both.
+    Sampling is off (greedy) and past and present share one buffer; users override both. Windows are not named: the
+    cache holds every position, and attention itself looks back as far as it should.
 
     Args:
         decoder: shapes and the family's name.
@@ -29,7 +34,7 @@ def genai_config(
     eos = end_tokens[0] if end_tokens else encoder.eos_token_id or 0
     return {
         "model": {
-            "type": decoder.model_type,
+            "type": _TYPES.get(decoder.model_type, decoder.model_type),
             "bos_token_id": encoder.bos_token_id if encoder.bos_token_id is not None else eos,
             "eos_token_id": end_tokens if len(end_tokens) > 1 else eos,
             "pad_token_id": eos,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -32,12 +33,24 @@ __all__ = [
     "INLINE_LIMIT",
     "StoredMatrix",
     "external_tensor",
+    "read_stacked",
+    "read_weight",
     "smallest_encoding",
     "stored_tensor",
     "write_initializers",
 ]
 
-Encoding = Literal["dense", "coo-varint", "coo-int32", "coo-int64", "packed-dense", "packed-bitmask", "packed-index16"]
+Encoding = Literal[
+    "dense",
+    "coo-varint",
+    "coo-int32",
+    "coo-int64",
+    "packed-dense",
+    "packed-bitmask",
+    "packed-index16",
+    "nbits8",
+    "nbits4",
+]
 
 INLINE_LIMIT = 2_000_000_000
 """Bytes that model.onnx may hold: protobuf stops at 2 GiB, and the graph itself takes some."""
@@ -111,7 +124,8 @@ def write_initializers(
         # model twice, took 174 s with varints and 29 s with raw int32.
         allows_varint = target == "onnxruntime"
         plan = {
-            name: _smallest(_read(checkpoint, source), allows_varint=allows_varint) for name, source in weights.items()
+            name: _smallest(read_weight(checkpoint, source), allows_varint=allows_varint)
+            for name, source in weights.items()
         }
         inline_bytes = sum(size for encoding, size in plan.values() if encoding != "dense")
         is_external = inline_bytes > inline_limit
@@ -124,7 +138,7 @@ def write_initializers(
     stored: list[StoredMatrix] = []
     with (folder / DATA_FILE).open("wb") as data:
         for done, (name, source) in enumerate(weights.items(), start=1):
-            array = _read(checkpoint, source)
+            array = read_weight(checkpoint, source)
             encoding, predicted = (
                 _smallest(array, allows_varint=False) if is_external else plan.get(name, ("dense", array.nbytes))
             )
@@ -138,7 +152,8 @@ def write_initializers(
             if array.ndim == 2:
                 shape, n_nonzeros = (array.shape[0], array.shape[1]), int(np.count_nonzero(array))
                 in_data_file = encoding == "dense" or is_external
-                stored.append(StoredMatrix(name, shape, n_nonzeros, encoding, in_data_file, predicted, size))
+                kind: Precision = "fp16" if source.is_half else "fp32"
+                stored.append(StoredMatrix(name, shape, n_nonzeros, encoding, in_data_file, predicted, size, kind))
             del array  # before the next one is read
             on_step(Step("writing weights", done, len(weights), encoding))
         data.flush()
@@ -147,34 +162,63 @@ def write_initializers(
     return stored
 
 
-def _read(checkpoint: Checkpoint, source: WeightSource) -> NDArray[np.float32]:
-    """Return a weight as it lies in the ONNX file, float32 and contiguous."""
-    array = checkpoint.read(source.tensor).float().numpy()
+def read_weight(checkpoint: Checkpoint, source: WeightSource) -> NDArray[Any]:
+    """Return a weight as it lies in the ONNX file, float32 or float16 and contiguous.
+
+    Raises:
+        OwlDeployError: it is to be float16, and a value is beyond 65504.
+    """
+    array = read_stacked(checkpoint, source.tensors)
+    if source.offset:
+        array += np.float32(source.offset)
+    if source.is_half:
+        if np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+            raise OwlDeployError(f"{source.tensors[0]} holds values beyond 65504, which fp16 cannot: export with fp32")
+        return np.ascontiguousarray((array.T if source.is_transposed else array).astype(np.float16))
     return np.ascontiguousarray(array.T if source.is_transposed else array)
 
 
-def _smallest(array: NDArray[np.float32], *, allows_varint: bool) -> tuple[Encoding, int]:
+def read_stacked(checkpoint: Checkpoint, names: Sequence[str]) -> NDArray[np.float32]:
+    """Return tensors of the checkpoint one below the other, as float32, with one of them besides in memory."""
+    if len(names) == 1:
+        alone: NDArray[np.float32] = checkpoint.read(names[0]).float().numpy()
+        return alone
+    first, *others = (checkpoint.tensors[name].shape for name in names)
+    stack = np.empty((sum(shape[0] for shape in (first, *others)), *first[1:]), np.float32)
+    start = 0
+    for name in names:
+        part = checkpoint.read(name).float().numpy()
+        stack[start : start + len(part)] = part
+        start += len(part)
+    return stack
+
+
+def _smallest(array: NDArray[Any], *, allows_varint: bool) -> tuple[Encoding, int]:
     indices = np.flatnonzero(array)
-    return smallest_encoding(array.shape, len(indices), _varint_bytes(indices) if allows_varint else None)
+    varint_bytes = _varint_bytes(indices) if allows_varint else None
+    return smallest_encoding(array.shape, len(indices), varint_bytes, value_bytes=array.itemsize)
 
 
-def smallest_encoding(shape: tuple[int, ...], n_nonzeros: int, varint_bytes: int | None) -> tuple[Encoding, int]:
-    """Return the smallest encoding of a float32 weight, and the bytes that it takes.
+def smallest_encoding(
+    shape: tuple[int, ...], n_nonzeros: int, varint_bytes: int | None, *, value_bytes: int = 4
+) -> tuple[Encoding, int]:
+    """Return the smallest encoding of a weight, and the bytes that it takes.
 
     Args:
         shape: of the weight; a vector is always dense.
         n_nonzeros: values to be stored.
         varint_bytes: of their positions, as protobuf varints; None where the target does not read these.
+        value_bytes: of each value.
     """
     size = math.prod(shape)
-    sizes: dict[Encoding, int] = {"dense": 4 * size}
+    sizes: dict[Encoding, int] = {"dense": value_bytes * size}
     if len(shape) == 2:
         if varint_bytes is not None:
-            sizes["coo-varint"] = 4 * n_nonzeros + varint_bytes
+            sizes["coo-varint"] = value_bytes * n_nonzeros + varint_bytes
         if size < 2**31:
-            sizes["coo-int32"] = 8 * n_nonzeros
+            sizes["coo-int32"] = (value_bytes + 4) * n_nonzeros
         else:
-            sizes["coo-int64"] = 12 * n_nonzeros
+            sizes["coo-int64"] = (value_bytes + 8) * n_nonzeros
     best = min(sizes, key=lambda encoding: sizes[encoding])  # dense is first: it wins ties
     return best, sizes[best]
 
@@ -185,9 +229,7 @@ def _varint_bytes(indices: NDArray[np.int64]) -> int:
     return len(indices) + int((len(indices) - borders).sum())
 
 
-def _sparse_tensor(
-    name: str, array: NDArray[np.float32], encoding: Encoding, data: BinaryIO | None
-) -> onnx.SparseTensorProto:
+def _sparse_tensor(name: str, array: NDArray[Any], encoding: Encoding, data: BinaryIO | None) -> onnx.SparseTensorProto:
     """Return a matrix as flattened, sorted coordinates and values."""
     indices = np.flatnonzero(array)
     sparse = onnx.SparseTensorProto(dims=array.shape)

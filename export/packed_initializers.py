@@ -13,14 +13,20 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import TensorProto
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.export.cost_model import MachineClass, choose_encoding
 from owl_deploy.export.decoder import WeightSource
-from owl_deploy.export.initializers import DATA_FILE, StoredMatrix, external_tensor, stored_tensor
+from owl_deploy.export.initializers import (
+    DATA_FILE,
+    StoredMatrix,
+    external_tensor,
+    read_stacked,
+    read_weight,
+    stored_tensor,
+)
 from owl_deploy.export.packed_graph import PackedLinear
 from owl_deploy.export.packing import Encoding, PackedHeader, pack_matrix, packed_bytes
 from owl_deploy.progress import OnStep, Step, silent
@@ -61,7 +67,7 @@ def write_packed_initializers(
         machine: machine class that the cost model is asked about.
 
     Returns:
-        One entry per packed matrix; vectors are not listed.
+        One entry per matrix; vectors are not listed.
 
     Raises:
         OwlDeployError: a matrix does not fit the encoding or the precision.
@@ -70,7 +76,12 @@ def write_packed_initializers(
     stored: list[StoredMatrix] = []
     with (folder / DATA_FILE).open("wb") as data:
         for done, (name, source) in enumerate(weights.items(), start=1):
-            model.graph.initializer.append(stored_tensor(name, _read(checkpoint, [source.tensor]), data))
+            array = read_weight(checkpoint, source)
+            model.graph.initializer.append(stored_tensor(name, array, data))
+            if array.ndim == 2:
+                n_nonzeros = int(np.count_nonzero(array))
+                shape = (array.shape[0], array.shape[1])
+                stored.append(StoredMatrix(name, shape, n_nonzeros, "dense", True, array.nbytes, array.nbytes))
             on_step(Step("writing weights", done, n_steps, "dense"))
         for done, linear in enumerate(packed.values(), start=len(weights) + 1):
             matrix = _write_matrix(model, linear, checkpoint, data, encoding=encoding, machine=machine)
@@ -108,7 +119,7 @@ def _write_matrix(
     machine: MachineClass,
 ) -> StoredMatrix:
     """Pack one matrix, write it with its bias, and name what the nodes read of it."""
-    weight = _read(checkpoint, [f"{part}.weight" for part in linear.parts])
+    weight = read_stacked(checkpoint, [f"{part}.weight" for part in linear.parts])
     shape, n_nonzeros = (weight.shape[0], weight.shape[1]), int(np.count_nonzero(weight))
     chosen = chosen_encoding(linear, shape, n_nonzeros, encoding=encoding, machine=machine)
     # Scales of groups would lie between the rows that Gather reads.
@@ -127,7 +138,7 @@ def _write_matrix(
         offset = next(int(entry.value) for entry in whole.external_data if entry.key == "offset")
         initializers.extend(_gathered_tensors(linear, PackedHeader.from_bytes(packed[:64].tobytes()), offset))
     if linear.has_bias:
-        bias = _read(checkpoint, [f"{part}.bias" for part in linear.parts])
+        bias = read_stacked(checkpoint, [f"{part}.bias" for part in linear.parts])
         initializers.append(stored_tensor(linear.bias_name, bias, data))
     return StoredMatrix(
         name=linear.matrix_name if linear.is_multiplied else linear.rows_name,
@@ -159,15 +170,3 @@ def _gathered_tensors(linear: PackedLinear, header: PackedHeader, offset: int) -
             )
         )
     return tensors
-
-
-def _read(checkpoint: Checkpoint, names: list[str]) -> NDArray[np.float32]:
-    """Return tensors of the checkpoint one below the other, as float32, with one of them besides in memory."""
-    first, *others = (checkpoint.tensors[name].shape for name in names)
-    stack = np.empty((sum(shape[0] for shape in (first, *others)), *first[1:]), np.float32)
-    start = 0
-    for name in names:
-        part = checkpoint.read(name).float().numpy()
-        stack[start : start + len(part)] = part
-        start += len(part)
-    return stack

@@ -7,7 +7,6 @@ builder, which holds all that an engine needs. Nothing is timed or served here.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,8 @@ from owl_deploy.export.deepsparse_graph import deepsparse_graph
 from owl_deploy.export.genai import genai_config
 from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, write_initializers
 from owl_deploy.export.machine_class import this_machine_class
-from owl_deploy.export.onnxruntime_graph import onnxruntime_graph, sparse_operator_graph
+from owl_deploy.export.nbits_initializers import write_nbits_initializers
+from owl_deploy.export.onnxruntime_graph import nbits_graph, onnxruntime_graph, sparse_operator_graph
 from owl_deploy.export.packed_initializers import write_packed_initializers
 from owl_deploy.export.parity import check_parity
 from owl_deploy.files import file_sha256, folder_bytes, new_folder, write_json
@@ -43,9 +43,6 @@ __all__ = [
     "machine_class",
     "plain_graph",
 ]
-
-Graph = Callable[[Decoder], tuple[onnx.ModelProto, dict[str, WeightSource]]]
-_GRAPHS: dict[str, Graph] = {"onnxruntime": onnxruntime_graph, "deepsparse": deepsparse_graph}
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -99,6 +96,8 @@ def export_onnx(
     with new_folder(out, replace=force) as folder:
         if settings.weights == "sparse-operator":
             matrices = _write_packed(checkpoint, decoder, settings, folder, on_step)
+        elif settings.is_nbits:
+            matrices = _write_nbits(checkpoint, decoder, settings, folder, on_step)
         else:
             matrices = _write_plain(checkpoint, decoder, settings, folder, inline_limit, on_step)
         if library is not None:
@@ -161,7 +160,7 @@ def _write_plain(
 ) -> list[StoredMatrix]:
     """Write the model with weights that any build of the engine reads."""
     graph, weights = plain_graph(decoder, settings)
-    _refuse_unused_tensors(checkpoint, {source.tensor for source in weights.values()})
+    _refuse_unused_tensors(checkpoint, {tensor for source in weights.values() for tensor in source.tensors})
     return write_initializers(
         graph,
         weights,
@@ -181,7 +180,7 @@ def _write_packed(
     graph, weights, packed = sparse_operator_graph(
         decoder, precision=settings.precision, head_precision=head_precision(settings)
     )
-    used = {source.tensor for source in weights.values()}
+    used = {tensor for source in weights.values() for tensor in source.tensors}
     for linear in packed.values():
         used |= {f"{part}.weight" for part in linear.parts}
         used |= {f"{part}.bias" for part in linear.parts if linear.has_bias}
@@ -198,13 +197,34 @@ def _write_packed(
     )
 
 
+def _write_nbits(
+    checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, folder: Path, on_step: OnStep
+) -> list[StoredMatrix]:
+    """Write the model with dense matrices in few bits."""
+    graph, weights, quantized = nbits_graph(
+        decoder,
+        precision=settings.precision,
+        head_precision=head_precision(settings),
+        is_symmetric=settings.symmetric,
+        accuracy_level=settings.accuracy_level,
+    )
+    used = {tensor for source in weights.values() for tensor in source.tensors}
+    for linear in quantized.values():
+        used |= {f"{part}.weight" for part in linear.parts}
+        used |= {f"{part}.bias" for part in linear.parts if linear.has_bias}
+    _refuse_unused_tensors(checkpoint, used)
+    return write_nbits_initializers(graph, weights, quantized, checkpoint, folder, on_step=on_step)
+
+
 def plain_graph(decoder: Decoder, settings: ExportSettings) -> tuple[onnx.ModelProto, dict[str, WeightSource]]:
     """Return the graph for weights that any build of the engine reads, and where they come from.
 
     Raises:
         UnsupportedModelError: the engine has no operator for this decoder.
     """
-    return _GRAPHS[settings.target](decoder)
+    if settings.target == "deepsparse":
+        return deepsparse_graph(decoder)
+    return onnxruntime_graph(decoder, matrix_type="fp16" if settings.precision == "fp16" else "fp32")
 
 
 def head_precision(settings: ExportSettings) -> Precision:
@@ -248,13 +268,16 @@ def _manifest(
 ) -> dict[str, Any]:
     n_elements = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     lineage = checkpoint.manifest or {"source": {"model": checkpoint.source, "sha256": checkpoint.fingerprint}}
-    # An embedding that lies as in the checkpoint is gathered, one row a token; all others are multiplied at every step.
-    multiplied = [m for m in matrices if m.name != "model.embed_tokens.weight"]
+    # An embedding that lies as in the checkpoint, or in few bits, is gathered, one row a token; all others are
+    # multiplied at every step.
+    names = (decoder.names.embedding, decoder.names.positions)
+    gathered = {f"{name}.weight{suffix}" for name in names for suffix in ("", ".rows")}
+    multiplied = [m for m in matrices if m.name not in gathered]
     step_bytes = {
         "dense": sum(m.shape[0] * m.shape[1] for m in multiplied) * 4,
         "nonzero": 4 * sum(m.n_nonzeros for m in multiplied),
     }
-    if settings.weights == "sparse-operator":
+    if settings.weights == "sparse-operator" or settings.is_nbits:
         step_bytes["stored"] = sum(m.bytes for m in multiplied)  # the operator reads what lies in the file
     return {
         "kind": "artifact",

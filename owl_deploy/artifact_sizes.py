@@ -17,7 +17,9 @@ from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import EngineUnavailableError, UnsupportedModelError
 from owl_deploy.export.decoder import Decoder, WeightSource, read_decoder
 from owl_deploy.export.initializers import ALIGNMENT, INLINE_LIMIT, external_tensor, smallest_encoding
-from owl_deploy.export.onnxruntime_graph import sparse_operator_graph
+from owl_deploy.export.nbits_graph import BLOCK_SIZE
+from owl_deploy.export.nbits_initializers import nbits_bytes
+from owl_deploy.export.onnxruntime_graph import nbits_graph, sparse_operator_graph
 from owl_deploy.export.packed_initializers import chosen_encoding
 from owl_deploy.export.packing import VALUE_BITS, packed_bytes
 from owl_deploy.export.writer import head_precision, machine_class, plain_graph
@@ -76,7 +78,7 @@ def _copied_bytes(checkpoint: Checkpoint) -> int:
 
 def _artifact_facts(checkpoint: Checkpoint, zeros: Mapping[str, int], settings: ArtifactSettings) -> dict[str, Any]:
     decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
-    predicted = _packed if settings.weights == "sparse-operator" else _plain
+    predicted = _packed if settings.weights == "sparse-operator" else _nbits if settings.is_nbits else _plain
     n_bytes, encodings, reason = predicted(checkpoint, decoder, zeros, settings)
     keys = {"name", "checkpoint", "target", "weights", "precision"}
     return {
@@ -99,10 +101,14 @@ def _plain(
         found: dict[str, tuple[str, int]] = {}
         for name, shape in shapes.items():
             size = math.prod(shape)
-            n_nonzeros = size - zeros.get(weights[name].tensor, 0)
+            n_nonzeros = size - sum(zeros.get(tensor, 0) for tensor in weights[name].tensors)
             varint_bytes = _varint_bytes(size, n_nonzeros) if allows_varint else None
             is_sparse = settings.weights == "sparse-initializer"
-            found[name] = smallest_encoding(shape, n_nonzeros, varint_bytes) if is_sparse else ("dense", 4 * size)
+            value_bytes = 2 if weights[name].is_half else 4
+            dense = ("dense", value_bytes * size)
+            found[name] = (
+                smallest_encoding(shape, n_nonzeros, varint_bytes, value_bytes=value_bytes) if is_sparse else dense
+            )
         return found
 
     chosen = stored(allows_varint=settings.target == "onnxruntime")
@@ -118,7 +124,8 @@ def _plain(
 
 
 def _exported_shape(checkpoint: Checkpoint, source: WeightSource) -> tuple[int, ...]:
-    shape = checkpoint.tensors[source.tensor].shape
+    first, *others = (checkpoint.tensors[tensor].shape for tensor in source.tensors)
+    shape = (first[0] + sum(other[0] for other in others), *first[1:])
     return shape[::-1] if source.is_transposed else shape
 
 
@@ -136,9 +143,9 @@ def _packed(
         decoder, precision=settings.precision, head_precision=head_precision(settings)
     )
     machine = machine_class(settings)
-    norms = {name: _exported_shape(checkpoint, source) for name, source in weights.items()}
-    tensors: Tensors = [(name, shape, 4 * math.prod(shape)) for name, shape in norms.items()]
-    counts: Counter[str] = Counter()
+    plain = {name: _exported_shape(checkpoint, source) for name, source in weights.items()}
+    tensors: Tensors = [(name, shape, 4 * math.prod(shape)) for name, shape in plain.items()]
+    counts = Counter("dense" for shape in plain.values() if len(shape) == 2)
     for linear in packed.values():
         shapes = [checkpoint.tensors[f"{part}.weight"].shape for part in linear.parts]
         n_rows, n_columns = sum(rows for rows, _ in shapes), shapes[0][1]
@@ -158,6 +165,34 @@ def _packed(
         return n_bytes + library_path().stat().st_size, dict(counts), None
     except EngineUnavailableError as error:
         return n_bytes, dict(counts), str(error)
+
+
+def _nbits(
+    checkpoint: Checkpoint, decoder: Decoder, _zeros: Mapping[str, int], settings: ArtifactSettings
+) -> tuple[int, dict[str, int], str | None]:
+    """Return the bytes of graph and data, and the rest as `_plain`; zeros take as much as any weight."""
+    graph, weights, quantized = nbits_graph(
+        decoder,
+        precision=settings.precision,
+        head_precision=head_precision(settings),
+        is_symmetric=settings.symmetric,
+        accuracy_level=settings.accuracy_level,
+    )
+    plain = {name: _exported_shape(checkpoint, source) for name, source in weights.items()}
+    tensors: Tensors = [(name, shape, 4 * math.prod(shape)) for name, shape in plain.items()]
+    counts = Counter("dense" for shape in plain.values() if len(shape) == 2)
+    for linear in quantized.values():
+        shapes = [checkpoint.tensors[f"{part}.weight"].shape for part in linear.parts]
+        shape = (sum(rows for rows, _ in shapes), shapes[0][1])
+        scales = (shape[0], -(-shape[1] // BLOCK_SIZE))
+        n_scale_bytes = 4 * math.prod(scales)
+        n_code_bytes = nbits_bytes(shape, linear.bits, is_symmetric=linear.is_symmetric) - n_scale_bytes
+        tensors.append((linear.codes_name, shape, n_code_bytes))
+        tensors.append((linear.scales_name, scales, n_scale_bytes))
+        if linear.has_bias:
+            tensors.append((linear.bias_name, shape[:1], 4 * shape[0]))
+        counts[f"nbits{linear.bits}"] += 1
+    return _file_bytes(graph, tensors), dict(counts), None
 
 
 def _file_bytes(graph: onnx.ModelProto, tensors: Tensors) -> int:

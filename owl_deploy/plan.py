@@ -42,6 +42,8 @@ ALL_ARTIFACTS = tuple(
     ArtifactSettings.model_validate(values)
     for values in (
         {"name": "dense", "checkpoint": "dense"},
+        {"name": "dense-int8", "checkpoint": "dense", "precision": "int8"},
+        {"name": "dense-int4", "checkpoint": "dense", "precision": "int4"},
         {"name": "sparse-initializer", "weights": "sparse-initializer"},
         *(
             {"name": f"sparse-operator-{precision}", "weights": "sparse-operator", "precision": precision}

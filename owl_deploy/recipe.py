@@ -47,6 +47,9 @@ __all__ = [
     "recipe_from_mapping",
 ]
 
+_LARGEST = 2**31 - 1
+"""Of every count in a recipe: what no machine can do is refused as a number, before it is multiplied by others."""
+
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Threads = Literal["auto"] | Annotated[int, Field(ge=1, le=1024)]
 
@@ -131,18 +134,18 @@ class PruneSettings(Settings):
     """ramp: by how much each block is sparser than the one before; tuned on calibration text when not given."""
     evopress_start: Literal["uniform", "owl"] = "uniform"
     """evopress: the allocation that the search starts from; the result is never worse on the searched tokens."""
-    evopress_generations: Annotated[int, Field(ge=0)] = 400
+    evopress_generations: Annotated[int, Field(ge=0, le=_LARGEST)] = 400
     """evopress: most generations; the search ends earlier when its time is up."""
     evopress_budget_seconds: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = 600.0
     """evopress: time of the search; None leaves it to the generations, so that a faster machine finds the same."""
-    evopress_offspring: Annotated[int, Field(ge=1)] = 8
+    evopress_offspring: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
     """evopress: candidates per generation."""
-    evopress_tokens: Annotated[int, Field(ge=2)] = 2048
+    evopress_tokens: Annotated[int, Field(ge=2, le=_LARGEST)] = 2048
     """evopress: calibration tokens on which the fittest of a generation is compared with its parent."""
     evopress_step: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.2
     """evopress: weights that a linear gains or loses in one step, as a share of the mean linear's; linears too small
     for that stay as they are (a longer search can do with less)."""
-    block_size: Annotated[int, Field(ge=1)] = 128
+    block_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 128
     """sparsegpt, isc: columns after which their errors are passed on to the others."""
     dampening: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.01
     """sparsegpt, isc, alps, foundation: share of the Hessian's mean diagonal that is added to it."""
@@ -151,13 +154,13 @@ class PruneSettings(Settings):
     forward_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products while calibration sequences run: bfloat16 takes half the time on processors that have
     it. Weights, residuals and statistics are float32 all the same."""
-    min_expert_tokens: Annotated[int, Field(ge=0)] = 64
+    min_expert_tokens: Annotated[int, Field(ge=0, le=_LARGEST)] = 64
     """Experts that see fewer calibration tokens are pruned by magnitude, on record."""
     calibration: str = "generated"
     """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
-    n_samples: Annotated[int, Field(ge=1)] = 128
+    n_samples: Annotated[int, Field(ge=1, le=_LARGEST)] = 128
     """Calibration sequences."""
-    seq_len: Annotated[int, Field(ge=2)] = 2048
+    seq_len: Annotated[int, Field(ge=2, le=_LARGEST)] = 2048
     """Tokens per calibration sequence; never taken from the model's longest context."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
@@ -206,7 +209,7 @@ class PruneSettings(Settings):
 class DepthSettings(Settings):
     """Which decoder blocks the `depth` stage removes."""
 
-    n_blocks: Annotated[int, Field(ge=1)]
+    n_blocks: Annotated[int, Field(ge=1, le=_LARGEST)]
     """Decoder blocks to remove."""
     method: Literal["shortgpt", "shortened", "tail"] = "shortgpt"
     """Which go: shortgpt (those that turn the hidden states least), shortened (those without which the loss rises
@@ -214,15 +217,15 @@ class DepthSettings(Settings):
     criterion: Literal["perplexity", "taylor"] = "perplexity"
     """shortened: perplexity of the model without the block, or taylor (weights times gradients; holds the whole model
     and its gradients in memory)."""
-    protect_first: Annotated[int, Field(ge=0)] = 4
+    protect_first: Annotated[int, Field(ge=0, le=_LARGEST)] = 4
     """shortened: so many of the first blocks stay."""
-    protect_last: Annotated[int, Field(ge=0)] = 2
+    protect_last: Annotated[int, Field(ge=0, le=_LARGEST)] = 2
     """shortened: so many of the last blocks stay."""
     calibration: str = "generated"
     """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
-    n_samples: Annotated[int, Field(ge=1)] = 32
+    n_samples: Annotated[int, Field(ge=1, le=_LARGEST)] = 32
     """Calibration sequences."""
-    seq_len: Annotated[int, Field(ge=2)] = 512
+    seq_len: Annotated[int, Field(ge=2, le=_LARGEST)] = 512
     """Tokens per calibration sequence."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
@@ -244,32 +247,32 @@ class StructureSettings(Settings):
     at least one group."""
     channels_kept: Annotated[float, Field(gt=0, le=1), AfterValidator(_is_finite)] = 0.8
     """Share of MLP channels (rows of gate and up, columns of down) that stays."""
-    channel_multiple: Annotated[int, Field(ge=1)] = 16
+    channel_multiple: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
     """The number of channels kept is rounded to the nearest multiple of this."""
-    n_steps: Annotated[int, Field(ge=0)] = 200
+    n_steps: Annotated[int, Field(ge=0, le=_LARGEST)] = 200
     """Steps of the search; 0 keeps what the metric alone keeps."""
     budget_seconds: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = None
     """The search ends after this time (plus at most one step), however many steps were done."""
-    n_masks: Annotated[int, Field(ge=2)] = 2
+    n_masks: Annotated[int, Field(ge=2, le=_LARGEST)] = 2
     """Masks drawn in every step; each costs a forward pass over the batch."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
     """Calibration sequences in every step."""
     learning_rate: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 0.1
     """How far a step moves the logits of removal, for a mask of ordinary advantage."""
     sharpness: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 4.0
     """How near the first masks drawn are to what the metric keeps."""
-    baseline_window: Annotated[int, Field(ge=1)] = 5
+    baseline_window: Annotated[int, Field(ge=1, le=_LARGEST)] = 5
     """Window of the moving averages that losses are compared with, in steps."""
-    check_every: Annotated[int, Field(ge=1)] = 20
+    check_every: Annotated[int, Field(ge=1, le=_LARGEST)] = 20
     """Steps after which the most probable heads and channels are tried on the held-out sequences."""
     held_out: Annotated[float, Field(gt=0, lt=1), AfterValidator(_is_finite)] = 0.25
     """Share of the calibration sequences that only judge the result, at least one; with fewer than 4 there is no
     search."""
     calibration: str = "generated"
     """Calibration text: generated, python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
-    n_samples: Annotated[int, Field(ge=2)] = 64
+    n_samples: Annotated[int, Field(ge=2, le=_LARGEST)] = 64
     """Calibration sequences, those held out included."""
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    seq_len: Annotated[int, Field(ge=2, le=_LARGEST)] = 256
     """Tokens per calibration sequence."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
@@ -280,9 +283,9 @@ class EvalSettings(Settings):
 
     text: str = "python-docs"
     """Text source of the evaluation tokens (same names as calibration; its held-out part)."""
-    window: Annotated[int, Field(ge=2)] = 2048
+    window: Annotated[int, Field(ge=2, le=_LARGEST)] = 2048
     """Tokens per window; windows do not overlap and the tail is dropped."""
-    max_windows: Annotated[int, Field(ge=1)] | None = None
+    max_windows: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     """Windows to use, from the start of the text; all when not given."""
 
 
@@ -295,17 +298,28 @@ class ExportSettings(Settings):
     """How matrices are stored: dense, as ONNX sparse initializers where that is smaller, or packed for the operator
     SparseMatMul, which multiplies them without their zeros (onnxruntime only)."""
     precision: Precision = "fp32"
-    """Number format of the stored values: fp32, or with weights sparse-operator also fp16, int8 or int4 (which keeps
-    queries, keys and values, head and embedding in int8)."""
-    head_precision: Literal["auto", "fp32", "fp16", "int8"] = "auto"
-    """The same for head and embedding, with weights sparse-operator: auto is the precision, int8 in int4 artifacts."""
+    """Number format of the stored values. With weights sparse-operator: fp32, fp16, int8 or int4 (which keeps queries,
+    keys and values in int8). In onnxruntime besides, with weights dense: int8 and int4 by MatMulNBits in blocks of 32;
+    with weights dense or sparse-initializer: fp16, for a smaller file that runs as fp32."""
+    head_precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
+    """The same for head and embedding: auto is the precision, int8 in int4 artifacts."""
+    symmetric: bool = True
+    """Whether dense int8 and int4 have a scale alone for each block of 32, and no zero point."""
+    accuracy_level: Literal[1, 4] = 4
+    """Arithmetic of dense int8 and int4: 4 rounds the inputs of a product to int8 in blocks of 32, as the fastest
+    kernels do; 1 keeps them float32."""
     encoding: Literal["auto", "dense", "bitmask", "index16"] = "auto"
     """How sparse-operator packs each matrix; auto is what the cost model predicts to be fastest. A head that is also
     the embedding is always dense."""
     machine: Literal["auto", "x86-avx512-vbmi2", "x86-avx2", "arm-neon", "portable"] = "auto"
     """Machine class for which the cost model decides; auto is that of the machine that exports."""
-    max_positions: Annotated[int, Field(ge=16)] = 4096
+    max_positions: Annotated[int, Field(ge=16, le=_LARGEST)] = 4096
     """Longest context of the artifact in tokens (rows of its rotary tables), capped by the model's own."""
+
+    @property
+    def is_nbits(self) -> bool:
+        """Whether products are ONNX Runtime's MatMulNBits."""
+        return self.weights == "dense" and self.precision in ("int8", "int4")
 
     @model_validator(mode="after")
     def _settings_fit(self) -> ExportSettings:
@@ -314,12 +328,28 @@ class ExportSettings(Settings):
                 raise ValueError(f"weights sparse-operator runs in target onnxruntime only, got target {self.target}")
             if self.encoding == "index16" and self.precision == "int4":
                 raise ValueError("encoding index16 holds no int4 values: choose bitmask, dense or auto")
+            if self.head_precision == "int4":
+                raise ValueError("head precision int4 needs weights dense: packed int4 rows cannot be gathered")
+            self._refuse("symmetric", "accuracy_level", needed="weights dense of precision int8 or int4")
             return self
-        for name in ("precision", "head_precision", "encoding", "machine"):
+        self._refuse("encoding", "machine", needed="weights sparse-operator")
+        if not self.is_nbits:
+            if self.precision != "fp16" or self.target != "onnxruntime":
+                self._refuse("precision", needed="weights sparse-operator, or dense in target onnxruntime")
+            self._refuse("head_precision", needed="weights sparse-operator, or dense in int8 or int4")
+            self._refuse("symmetric", "accuracy_level", needed="weights dense of precision int8 or int4")
+        elif self.target != "onnxruntime":
+            raise ValueError(f"weights dense of precision {self.precision} needs target onnxruntime, got {self.target}")
+        elif self.head_precision == "fp16":
+            raise ValueError("head precision fp16 needs weights sparse-operator: choose fp32, int8 or int4")
+        return self
+
+    def _refuse(self, *names: str, needed: str) -> None:
+        """Raise ValueError where one of these settings is not its default."""
+        for name in names:
             value, default = getattr(self, name), type(self).model_fields[name].default
             if value != default:
-                raise ValueError(f"{name} {value} needs weights sparse-operator, got weights {self.weights}")
-        return self
+                raise ValueError(f"{name} {value} needs {needed}, got weights {self.weights}")
 
 
 class ArtifactSettings(ExportSettings):
@@ -334,15 +364,15 @@ class ArtifactSettings(ExportSettings):
 class BenchSettings(Settings):
     """What is timed, and for how long."""
 
-    past_len: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
+    past_len: tuple[Annotated[int, Field(ge=1, le=_LARGEST)], ...] = (256,)
     """Context depths, in tokens, at which single-token decode is timed."""
-    prompt_len: tuple[Annotated[int, Field(ge=1)], ...] = (256,)
+    prompt_len: tuple[Annotated[int, Field(ge=1, le=_LARGEST)], ...] = (256,)
     """Prompt lengths, in tokens, at which prefill is timed."""
-    rounds: Annotated[int, Field(ge=2)] = 8
+    rounds: Annotated[int, Field(ge=2, le=_LARGEST)] = 8
     """Interleaved rounds: in each one every artifact is timed once, in turn."""
-    decode_samples: Annotated[int, Field(ge=1)] = 16
+    decode_samples: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
     """Timed decode steps per artifact and round."""
-    prefill_samples: Annotated[int, Field(ge=1)] = 2
+    prefill_samples: Annotated[int, Field(ge=1, le=_LARGEST)] = 2
     """Timed prefills per artifact and round."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds after which a silent engine counts as hung."""

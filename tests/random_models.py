@@ -5,20 +5,25 @@ from typing import Any
 
 import torch
 from conftest import TINY, byte_tokenizer
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-_KINDS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+# Windows are shorter than the texts of tests, caps bite, and no scale is what Llama's would be.
+_GEMMA_2: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 10,
+    "final_logit_softcapping": 6.0,
+}
+_SHAPES: dict[str, dict[str, Any]] = {
+    "smollm3": {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]},
+    "qwen3": {"head_dim": 32, "attention_bias": True},
+    "gemma": {"head_dim": 32},
+    "gemma2": {**_GEMMA_2, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**_GEMMA_2, "rope_theta": 3000.0, "rope_local_base_freq": 50.0},
+    "phi3": {"sliding_window": 7},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.15},
 }
 
 
@@ -26,14 +31,15 @@ def random_model(family: str, *, seed: int = 0, sparsity: float = 0.0, **changes
     """Return a model of the size of `TINY`.
 
     Args:
-        family: llama, mistral or qwen2.
+        family: model type of its configuration.
         seed: of all weights.
         sparsity: about this share of the weights of the blocks' linears is zero, at random places.
         changes: of the configuration.
     """
     torch.manual_seed(seed)
-    config, kind = _KINDS[family]
-    model: PreTrainedModel = kind(config(**{**TINY, "initializer_range": 0.15, **changes})).eval()
+    config = AutoConfig.for_model(family, **{**TINY, "initializer_range": 0.15, **_SHAPES.get(family, {}), **changes})
+    # torch's fused attention would leave out the caps of Gemma 2.
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

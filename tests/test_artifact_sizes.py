@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 from conftest import save_tiny_model
 from planning import settings
+from random_models import random_model, save
+from transformers import GPT2Config
 
 from owl_deploy.export.writer import export_onnx
 from owl_deploy.files import folder_bytes
@@ -44,7 +47,11 @@ def test_size_of_the_sparse_checkpoint_is_predicted_within_3_percent(pruned: tup
     "artifact",
     [
         {"checkpoint": "dense"},
+        {"checkpoint": "dense", "precision": "int8"},
+        {"precision": "int4", "head_precision": "int4"},
+        {"checkpoint": "dense", "precision": "fp16"},
         {"weights": "sparse-initializer"},
+        {"weights": "sparse-initializer", "precision": "fp16"},
         {"weights": "sparse-initializer", "target": "deepsparse"},
         {"weights": "sparse-operator"},
         {"weights": "sparse-operator", "precision": "fp16"},
@@ -74,6 +81,20 @@ def test_size_of_an_artifact_is_predicted_within_3_percent(
     assert planned["bytes_dense"] == pytest.approx(exported.manifest["bytes_dense"], rel=0.01)  # norms beside
 
 
+@pytest.mark.parametrize("family", ["opt", "phi3"])
+@pytest.mark.parametrize("weights", ["dense", "sparse-operator"])
+def test_learned_positions_biases_and_stacked_linears_count(family: str, weights: str, tmp_path: Path) -> None:
+    changes = {"ffn_dim": 512, "word_embed_proj_dim": 256} if family == "opt" else {}
+    model = save(random_model(family, hidden_size=256, intermediate_size=512, **changes), tmp_path / "model")
+    artifacts = of_artifacts([{"checkpoint": "dense", "weights": weights}])
+    (planned,) = plan_pruning(str(model), settings(), artifacts=artifacts, threads=1).facts["sizes"]["artifacts"]
+    chosen = ExportSettings.model_validate({"weights": weights})
+    exported = export_onnx(str(model), chosen, out=tmp_path / "artifact", threads=1, parity=False)
+    library = library_path().stat().st_size if weights == "sparse-operator" else 0
+    assert planned["bytes"] - library == pytest.approx(exported.manifest["bytes_on_disk"] - library, rel=0.03)
+    assert planned["encodings"] == Counter(matrix["encoding"] for matrix in exported.manifest["matrices"])
+
+
 def test_artifact_that_does_not_shrink_is_noted(tiny_model: Path) -> None:
     artifacts = of_artifacts([{"checkpoint": "dense"}, {"weights": "sparse-initializer"}])
     low = plan_pruning(str(tiny_model), settings(sparsity=0.1), artifacts=artifacts, threads=1).facts
@@ -84,9 +105,10 @@ def test_artifact_that_does_not_shrink_is_noted(tiny_model: Path) -> None:
     assert high["sizes"]["artifacts"][1]["bytes"] < low["sizes"]["artifacts"][1]["bytes"]
 
 
-def test_family_without_a_graph_has_no_artifacts_and_says_why(opt_6_7b: Path) -> None:
-    facts = plan_pruning(str(opt_6_7b), PruneSettings(allocation="uniform"), threads=1).facts
+def test_family_without_a_graph_has_no_artifacts_and_says_why(tmp_path: Path) -> None:
+    GPT2Config().save_pretrained(tmp_path / "model")
+    facts = plan_pruning(str(tmp_path / "model"), PruneSettings(allocation="uniform"), threads=1).facts
     assert facts["sizes"]["artifacts"] == []
-    assert "no graph for model type 'opt'" in facts["sizes"]["reason"]
-    assert facts["sizes"]["checkpoint_bytes"] > 4 * 32 * 12 * 4096**2
+    assert "no graph for model type 'gpt2'" in facts["sizes"]["reason"]
+    assert facts["sizes"]["checkpoint_bytes"] > 4 * 12 * 12 * 768**2
     assert any("no graph for model type" in note for note in facts["notes"])

@@ -67,6 +67,13 @@ def test_decode_and_prefill_equal_torch(name: str, tmp_path: Path) -> None:
         assert relative_difference(np.concatenate(chunks), expected) < TOLERANCE
 
 
+def test_logits_of_the_last_token_alone_equal_torch(tmp_path: Path) -> None:
+    model, tokens = random_model("llama"), random_tokens(16)
+    artifact, expected = exported(model, tmp_path), torch_logits(model, tokens)
+    with open_engine(artifact, threads=1, n_tokens=16, capacity=16, last_logits_only=True) as engine:
+        assert relative_difference(engine.forward(tokens, 0), expected[-1:]) < TOLERANCE
+
+
 @pytest.mark.parametrize("capacity", [65, 97])
 def test_cache_inside_the_engine_is_right_up_to_its_capacity(capacity: int, tmp_path: Path) -> None:
     """Compiled for exactly that many positions, DeepSparse would forget the first ones from 65 on."""

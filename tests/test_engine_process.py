@@ -69,6 +69,14 @@ def test_worker_runs_an_artifact_and_ends_without_a_trace(
     assert list(scratch.iterdir()) == []
 
 
+def test_worker_leaves_out_all_logits_but_the_last(artifact: OnnxArtifact) -> None:
+    with open_engine(artifact, threads=1, n_tokens=4, capacity=8) as engine:
+        expected = engine.forward(TOKENS, 0)
+    with open_engine(artifact, threads=1, n_tokens=4, capacity=8, last_logits_only=True) as engine:
+        np.testing.assert_allclose(engine.forward(TOKENS, 0), expected[-1:], rtol=1e-5, atol=1e-6)
+        assert len(engine.measure(TOKENS, 2, 3)) == 3
+
+
 def test_worker_has_a_session_of_its_own(artifact: OnnxArtifact) -> None:
     """So Ctrl-C in a terminal reaches the command alone, which then ends the worker."""
     with open_worker("onnxruntime") as engine:

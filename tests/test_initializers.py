@@ -63,7 +63,7 @@ def write(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     matrices = write_initializers(
         model,
-        {name: WeightSource(name, is_transposed) for name in arrays},
+        {name: WeightSource((name,), is_transposed) for name in arrays},
         open_checkpoint(str(folder)),
         folder,
         is_sparse=is_sparse,
@@ -276,7 +276,7 @@ def test_deepsparse_dense_matrices_may_lie_outside_whatever_the_limit(tmp_path: 
 def test_no_weight_is_in_memory_when_the_next_is_read(
     inline_limit: int, is_transposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, alive, most = initializers._read, set[int](), 0
+    read, alive, most = initializers.read_weight, set[int](), 0
 
     def watched(*arguments: Any) -> Array:
         nonlocal most
@@ -286,7 +286,7 @@ def test_no_weight_is_in_memory_when_the_next_is_read(
         weakref.finalize(array, alive.discard, id(array))
         return array
 
-    monkeypatch.setattr(initializers, "_read", watched)
+    monkeypatch.setattr(initializers, "read_weight", watched)
     arrays = {f"{sparsity}": sparse_matrix((64, 96), sparsity) for sparsity in (0.0, 0.5, 0.7, 0.9, 1.0)}
     write(tmp_path, arrays, is_transposed=is_transposed, inline_limit=inline_limit)
     assert most == 0

@@ -152,7 +152,7 @@ def test_plain_block_has_twelve_nodes_and_a_tied_head_lies_in_the_file_once(tmp_
     decoder = read_decoder(open_checkpoint(str(folder)), max_positions=64)
     (n_two, weights), (n_five, _) = (
         (len(model.graph.node), names)
-        for model, names in (onnxruntime_graph(replace(decoder, n_blocks=n)) for n in (2, 5))
+        for model, names in (onnxruntime_graph(replace(decoder, blocks=decoder.blocks[:1] * n)) for n in (2, 5))
     )
     assert n_five - n_two == 3 * 12
     assert n_two - 2 * 12 <= 12
@@ -200,14 +200,14 @@ def test_onnxruntime_loads_without_a_warning(tmp_path: Path, capfd: pytest.Captu
                     "rope_type": "longrope",
                     "short_factor": [1.0] * 8,
                     "long_factor": [2.0] * 8,
-                    "original_max_position_embeddings": 128,
                     "factor": 4.0,
-                }
+                },
+                "original_max_position_embeddings": 128,
             },
             "'longrope'",
         ),
         ({"head_dim": 24}, "head size 24"),
-        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"hidden_act": "mish"}, "activation 'mish'"),
     ],
 )
 def test_what_the_graph_cannot_express_is_refused_by_name(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -217,12 +217,12 @@ def test_what_the_graph_cannot_express_is_refused_by_name(changes: dict[str, Any
     assert not (tmp_path / "artifact").exists()
 
 
-def test_blocks_of_different_attention_are_refused_where_the_window_matters(tmp_path: Path) -> None:
+def test_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
     model = random_model("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1)
     checkpoint = open_checkpoint(str(save(model, tmp_path / "model")))
-    with pytest.raises(UnsupportedModelError, match="full_attention, sliding_attention"):
-        read_decoder(checkpoint, max_positions=65)
-    assert read_decoder(checkpoint, max_positions=64).sliding_window is None
+    for max_positions, windows in ((65, [None, 64]), (64, [None, None])):
+        decoder = read_decoder(checkpoint, max_positions=max_positions)
+        assert [block.sliding_window for block in decoder.blocks] == windows
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -21,6 +21,7 @@ from owl_deploy.artifact import OnnxArtifact
 from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.errors import EngineFailedError, ParityError
 from owl_deploy.export import parity, writer
+from owl_deploy.export.decoder import Decoder
 from owl_deploy.export.onnxruntime_graph import onnxruntime_graph
 from owl_deploy.export.parity import MAX_RELATIVE_DIFFERENCE, check_parity
 from owl_deploy.export.writer import export_onnx
@@ -200,9 +201,10 @@ def test_what_the_engine_says_inside_the_prompt_does_not_count() -> None:
 def test_failed_gate_is_exit_code_3_and_leaves_no_artifact(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        writer._GRAPHS, "onnxruntime", lambda decoder: onnxruntime_graph(replace(decoder, rms_norm_eps=0.5))
-    )
+    def wrong(decoder: Decoder, **options: Any) -> Any:
+        return onnxruntime_graph(replace(decoder, norm_epsilon=0.5), **options)
+
+    monkeypatch.setattr(writer, "onnxruntime_graph", wrong)
     result = call("export", tiny_model, "--out", tmp_path / "artifact", "--threads", "1", "--json", "--quiet")
     assert result.code == 3
     assert result.sentence.startswith("artifact: logits differ from the checkpoint")

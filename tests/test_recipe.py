@@ -103,6 +103,8 @@ def test_unknown_key_is_refused_with_the_nearest(path: str, message: str) -> Non
         ("prune.sparsity", 70, "prune.sparsity: must be in [0, 1), got 70"),
         ("prune.sparsity", math.nan, "prune.sparsity: must be in [0, 1), got nan"),
         ("prune.sparsity", math.inf, "prune.sparsity: must be in [0, 1), got inf"),
+        ("prune.n_samples", 2**31, "prune.n_samples: input should be less than or equal to 2147483647"),
+        ("bench.rounds", 2**31, "bench.rounds: input should be less than or equal to 2147483647"),
         ("prune.sparsity", "much", "prune.sparsity: input should be a valid number"),
         ("prune.sparsity", None, "prune.sparsity: input should be a valid number, got None"),
         (

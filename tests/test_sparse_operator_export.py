@@ -550,13 +550,20 @@ def test_engine_is_given_the_installed_library_never_the_artifacts(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"precision": "int8"}, "precision int8 needs weights sparse-operator, got weights dense"),
         (
-            {"precision": "fp16", "weights": "sparse-initializer"},
-            "precision fp16 needs weights sparse-operator, got weights sparse-initializer",
+            {"precision": "int8", "weights": "sparse-initializer"},
+            "precision int8 needs weights sparse-operator, or dense in target onnxruntime, got weights "
+            "sparse-initializer",
+        ),
+        (
+            {"precision": "fp16", "target": "deepsparse"},
+            "precision fp16 needs weights sparse-operator, or dense in target onnxruntime, got weights dense",
         ),
         ({"encoding": "bitmask"}, "encoding bitmask needs weights sparse-operator, got weights dense"),
-        ({"head_precision": "int8"}, "head_precision int8 needs weights sparse-operator, got weights dense"),
+        (
+            {"head_precision": "int8"},
+            "head_precision int8 needs weights sparse-operator, or dense in int8 or int4, got weights dense",
+        ),
         ({"machine": "arm-neon"}, "machine arm-neon needs weights sparse-operator, got weights dense"),
         (
             {"weights": "sparse-operator", "target": "deepsparse"},
@@ -578,9 +585,9 @@ def test_settings_that_do_not_fit_are_refused_in_one_sentence(settings: dict[str
 
 
 def test_flags_are_the_recipe_keys(tmp_path: Path) -> None:
-    result = call("export", "x", "--precision", "int8", "--out", tmp_path / "artifact")
+    result = call("export", "x", "--encoding", "bitmask", "--out", tmp_path / "artifact")
     assert result.code == 2
-    assert result.sentence == "command line: precision int8 needs weights sparse-operator, got weights dense"
+    assert result.sentence == "command line: encoding bitmask needs weights sparse-operator, got weights dense"
     text = call("export", "--help").stdout
     assert all(flag in text for flag in ("--precision", "--head-precision", "--encoding", "--machine"))
 

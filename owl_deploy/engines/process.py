@@ -59,7 +59,9 @@ class EngineProcess:
         os.set_blocking(self._process.stdout.fileno(), False)
         self._buffer = b""
 
-    def load(self, artifact: OnnxArtifact, *, threads: int, n_tokens: int, capacity: int) -> None:
+    def load(
+        self, artifact: OnnxArtifact, *, threads: int, n_tokens: int, capacity: int, last_logits_only: bool = False
+    ) -> None:
         """Load an artifact for calls of `n_tokens` tokens and a cache of `capacity` positions in all.
 
         Raises:
@@ -69,12 +71,22 @@ class EngineProcess:
         # Always the library that is installed here: an artifact brings one too, and its code is not to be trusted.
         operators = str(library_path()) if artifact.facts.weights == "sparse-operator" else None
         answer = self.ask(
-            "load", artifact=folder, threads=threads, n_tokens=n_tokens, capacity=capacity, operators=operators
+            "load",
+            artifact=folder,
+            threads=threads,
+            n_tokens=n_tokens,
+            capacity=capacity,
+            operators=operators,
+            last_logits_only=last_logits_only,
         )
         self.version, self.load_ms = answer["version"], answer["load_ms"]
 
     def forward(self, tokens: NDArray[np.int64], past_len: int) -> NDArray[np.float32]:
-        """Run tokens behind `past_len` positions of the cache; returns logits (len(tokens), vocab) float32."""
+        """Run tokens behind `past_len` positions of the cache.
+
+        Returns:
+            Logits, float32 (len(tokens), vocab), or (1, vocab) where it was loaded for the last ones only.
+        """
         file = Path(self._folder.name) / "logits.npy"
         self.ask("forward", tokens=tokens.tolist(), past_len=past_len, logits=str(file))
         logits: NDArray[np.float32] = np.load(file, allow_pickle=False)
@@ -177,7 +189,13 @@ def open_worker(engine: str, *, timeout_s: float = 600.0) -> Iterator[EngineProc
 
 @contextmanager
 def open_engine(
-    artifact: OnnxArtifact, *, threads: int, n_tokens: int, capacity: int, timeout_s: float = 600.0
+    artifact: OnnxArtifact,
+    *,
+    threads: int,
+    n_tokens: int,
+    capacity: int,
+    last_logits_only: bool = False,
+    timeout_s: float = 600.0,
 ) -> Iterator[EngineProcess]:
     """Start the engine of an artifact in a child process and load it.
 
@@ -185,6 +203,7 @@ def open_engine(
         threads: of the engine.
         n_tokens: tokens per call; DeepSparse compiles for it, ONNX Runtime takes any number.
         capacity: cache positions in all, past and new.
+        last_logits_only: leave out the logits of all tokens of a call but the last, as generation does.
         timeout_s: seconds without an answer after which the engine counts as hung.
 
     Raises:
@@ -192,5 +211,5 @@ def open_engine(
         EngineFailedError: it crashed, hung or refused the artifact.
     """
     with open_worker(artifact.facts.target, timeout_s=timeout_s) as process:
-        process.load(artifact, threads=threads, n_tokens=n_tokens, capacity=capacity)
+        process.load(artifact, threads=threads, n_tokens=n_tokens, capacity=capacity, last_logits_only=last_logits_only)
         yield process

@@ -4,10 +4,11 @@ Started as `python <this folder> ENGINE`, also by the interpreter of another env
 3.8, the standard library, numpy and the engine are all it may need. One request per line on
 stdin, one answer per line on the first stdout; whatever an engine prints goes to stderr.
 
-    {"command": "load", "artifact": DIR, "threads": N, "n_tokens": T, "capacity": S, "operators": FILE.so or null}
+    {"command": "load", "artifact": DIR, "threads": N, "n_tokens": T, "capacity": S, "operators": FILE.so or null,
+     "last_logits_only": true or false}
         -> {"load_ms": ..., "version": ...}
     {"command": "forward", "tokens": [...], "past_len": P, "logits": FILE.npy}
-        -> {} and the logits (T, vocab) float32 in the file
+        -> {} and the logits (T or 1, vocab) float32 in the file
     {"command": "measure", "tokens": [...], "past_len": P, "n_samples": N} -> {"ns": [...]}
     {"command": "open-graph", "model": FILE, "threads": N, "shape": [...], "operators": FILE.so or null} -> {}
     {"command": "measure-graph", "n_samples": N, "output": FILE.npy or null} -> {"ns": [...]}
@@ -32,10 +33,10 @@ def open_session(engine, request):
     if engine == "deepsparse":
         from deepsparse_session import DeepSparseSession
 
-        return DeepSparseSession(*arguments)
+        return DeepSparseSession(*arguments, last_logits_only=request["last_logits_only"])
     from onnxruntime_session import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(*arguments, operators=request.get("operators"))
+    return OnnxRuntimeSession(*arguments, operators=request["operators"], last_logits_only=request["last_logits_only"])
 
 
 def peak_rss_bytes():

@@ -42,7 +42,9 @@ class DeepSparseSession:
 
     engine = "deepsparse"
 
-    def __init__(self, artifact: str, threads: int, n_tokens: int, capacity: int) -> None:
+    def __init__(
+        self, artifact: str, threads: int, n_tokens: int, capacity: int, last_logits_only: bool = False
+    ) -> None:
         if not 1 <= n_tokens <= capacity:
             raise ValueError("n_tokens must be in [1, capacity = {}], got {}".format(capacity, n_tokens))
         self.version: str = deepsparse.__version__
@@ -52,7 +54,8 @@ class DeepSparseSession:
         """Positions of the cache that hold something."""
         is_internal = n_tokens == 1
         self._n_past = -(-capacity // _CACHE_MULTIPLE) * _CACHE_MULTIPLE if is_internal else max(capacity - n_tokens, 1)
-        with _static_copy(Path(artifact) / "model.onnx", n_tokens, self._n_past) as (path, is_cached):
+        model = Path(artifact) / "model.onnx"
+        with _static_copy(model, n_tokens, self._n_past, last_logits_only) as (path, is_cached):
             self._engine = Engine(
                 path, batch_size=1, num_cores=threads, cached_outputs=is_cached if is_internal else None
             )
@@ -77,6 +80,7 @@ class DeepSparseSession:
     def forward(self, tokens: NDArray[np.int64], past_len: int) -> NDArray[np.float32]:
         """Return the logits (len(tokens), vocab) of tokens at positions past_len, past_len + 1, ...
 
+        Where the session has those of the last token alone, that one is the last it was compiled for.
         `past_len` may be anything up to the number of positions seen; later ones are forgotten.
         Fewer tokens than the session was compiled for are padded behind, which costs as much as
         all, and needs as much room in the cache.
@@ -186,7 +190,9 @@ class DeepSparseSession:
 
 
 @contextlib.contextmanager
-def _static_copy(model_path: Path, n_tokens: int, n_past: int) -> Iterator[tuple[str, list[bool]]]:
+def _static_copy(
+    model_path: Path, n_tokens: int, n_past: int, last_logits_only: bool
+) -> Iterator[tuple[str, list[bool]]]:
     """Copy a model with numbers for its lengths, because DeepSparse would write them into the file itself.
 
     External data is linked, not copied. Yields the copy's path, and for each output whether it is cache.
@@ -202,6 +208,11 @@ def _static_copy(model_path: Path, n_tokens: int, n_past: int) -> Iterator[tuple
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in lengths:
                 dim.dim_value = lengths[dim.dim_param]
+    if last_logits_only:
+        first_logit = next(tensor for tensor in model.graph.initializer if tensor.name == "first_logit")
+        first_logit.CopyFrom(onnx.numpy_helper.from_array(np.array([-1]), first_logit.name))
+        logits = next(value for value in model.graph.output if value.name == "logits")
+        logits.type.tensor_type.shape.dim[1].dim_value = 1
     del model.graph.value_info[:]  # shapes found for the symbolic lengths
     folder = Path(tempfile.mkdtemp(prefix="owl-deploy-"))
     try:

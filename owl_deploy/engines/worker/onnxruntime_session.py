@@ -14,16 +14,22 @@ import onnxruntime
 class OnnxRuntimeSession:
     """One artifact, loaded for one cache size; `n_tokens` may differ from call to call.
 
-    `operators` is the operator library that the artifact's graph needs, None where it needs none.
+    `operators` is the operator library that the artifact's graph needs, None where it needs none. `last_logits_only`
+    leaves out the logits of all tokens of a call but the last.
     """
 
-    def __init__(self, artifact, threads, n_tokens, capacity, operators=None):
+    def __init__(self, artifact, threads, n_tokens, capacity, operators=None, last_logits_only=False):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         if operators is not None:
             options.register_custom_ops_library(operators)
+        if last_logits_only:
+            # Takes the place of the model's own; the session refers to this memory.
+            self.first_logit = onnxruntime.OrtValue.ortvalue_from_numpy(np.array([-1]))
+            options.add_initializer("first_logit", self.first_logit)
+        self.last_logits_only = last_logits_only
         self.session = onnxruntime.InferenceSession(
             str(Path(artifact) / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
@@ -45,7 +51,8 @@ class OnnxRuntimeSession:
         mask = np.ones((1, past_len + len(tokens)), np.int64)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None]))
         binding.bind_cpu_input("attention_mask", mask)
-        logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, len(tokens), self.vocab_size), np.float32))
+        n_logits = 1 if self.last_logits_only else len(tokens)
+        logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, n_logits, self.vocab_size), np.float32))
         binding.bind_ortvalue_output("logits", logits)
         for name, value in self.cache.items():
             binding.bind_ortvalue_input(name, value)
@@ -53,7 +60,7 @@ class OnnxRuntimeSession:
         return binding, logits
 
     def forward(self, tokens, past_len):
-        """Return the logits (len(tokens), vocab) of tokens at positions past_len, past_len + 1, ..."""
+        """Return the logits (len(tokens) or 1, vocab) of tokens at positions past_len, past_len + 1, ..."""
         binding, logits = self._bind(tokens, past_len)
         self.session.run_with_iobinding(binding)
         self.n_seen = past_len + len(tokens)
