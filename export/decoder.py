@@ -15,9 +15,19 @@ from numpy.typing import NDArray
 
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.export.artifact_shape import ArtifactShape
 from owl_deploy.export.families import FAMILIES, Family, NormKind, TensorNames
 
-__all__ = ["Activation", "Block", "Decoder", "RotaryTables", "WeightSource", "read_decoder"]
+__all__ = [
+    "ROPE_TYPES",
+    "Activation",
+    "Block",
+    "Decoder",
+    "RotaryTables",
+    "WeightSource",
+    "has_lean_graph",
+    "read_decoder",
+]
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 """transformers' names; `gelu` is the exact one, with the error function."""
@@ -118,13 +128,35 @@ class Decoder:
         return self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim, self.n_kv_heads * self.head_dim
 
     @property
+    def shape(self) -> ArtifactShape:
+        """What engines and readers of an artifact need of all this."""
+        names = (self.names.embedding, self.names.positions)
+        return ArtifactShape(
+            model_type=self.model_type,
+            n_blocks=self.n_blocks,
+            hidden_size=self.hidden_size,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+            max_positions=self.max_positions,
+            # As in the checkpoint, or in few bits.
+            gathered=frozenset(f"{name}.weight{suffix}" for name in names for suffix in ("", ".rows")),
+        )
+
+    @property
     def kv_names(self) -> list[str]:
         """Names of the cache inputs without prefix: `0.key`, `0.value`, `1.key`, ..."""
         return [f"{i}.{part}" for i in range(self.n_blocks) for part in ("key", "value")]
 
 
-# Scalings whose tables are the same for every sequence length.
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Scalings whose tables are the same for every sequence length."""
+
+
+def has_lean_graph(checkpoint: Checkpoint) -> bool:
+    """Return whether the family of a checkpoint is one that `read_decoder` knows."""
+    return checkpoint.config.get("model_type") in FAMILIES
 
 
 def read_decoder(checkpoint: Checkpoint, *, max_positions: int) -> Decoder:
@@ -244,7 +276,7 @@ def _rotary_table(config: Any, n_positions: int) -> RotaryTables:
             f"rope scaling 'longrope' depends on the length of the text: fixed tables express it up to {short} "
             f"positions: export with max_positions {short}"
         )
-    if kind not in (*_ROPE_TYPES, "longrope"):
+    if kind not in (*ROPE_TYPES, "longrope"):
         raise UnsupportedModelError(
             f"rope scaling {kind!r} depends on the length of the text: no fixed tables express it"
         )

@@ -12,26 +12,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.export.decoder import WeightSource
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import Precision
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "ALIGNMENT",
     "DATA_FILE",
     "INLINE_LIMIT",
     "StoredMatrix",
+    "TensorSource",
     "external_tensor",
     "read_stacked",
     "read_weight",
@@ -62,6 +65,25 @@ ALIGNMENT = 4096
 """Every tensor of the data file begins at a multiple, so that engines can map it at a page border."""
 
 
+class Shaped(Protocol):
+    """A tensor that is not read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+
+class TensorSource(Protocol):
+    """Where weights come from: a checkpoint, or a trace."""
+
+    @property
+    def tensors(self) -> Mapping[str, Shaped]:
+        """Its tensors by name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor."""
+
+
 @dataclass(frozen=True)
 class StoredMatrix:
     """How one matrix was stored, and what it was predicted to take."""
@@ -85,7 +107,7 @@ class StoredMatrix:
 def write_initializers(
     model: onnx.ModelProto,
     weights: dict[str, WeightSource],
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     folder: Path,
     *,
     is_sparse: bool,
@@ -162,7 +184,7 @@ def write_initializers(
     return stored
 
 
-def read_weight(checkpoint: Checkpoint, source: WeightSource) -> NDArray[Any]:
+def read_weight(checkpoint: TensorSource, source: WeightSource) -> NDArray[Any]:
     """Return a weight as it lies in the ONNX file, float32 or float16 and contiguous.
 
     Raises:
@@ -178,7 +200,7 @@ def read_weight(checkpoint: Checkpoint, source: WeightSource) -> NDArray[Any]:
     return np.ascontiguousarray(array.T if source.is_transposed else array)
 
 
-def read_stacked(checkpoint: Checkpoint, names: Sequence[str]) -> NDArray[np.float32]:
+def read_stacked(checkpoint: TensorSource, names: Sequence[str]) -> NDArray[np.float32]:
     """Return tensors of the checkpoint one below the other, as float32, with one of them besides in memory."""
     if len(names) == 1:
         alone: NDArray[np.float32] = checkpoint.read(names[0]).float().numpy()

@@ -75,6 +75,25 @@ class NBitsLinear:
         """Initializer that is the bias, float32."""
         return f"{self.name}.bias"
 
+    def inputs(self, n_in: int, n_out: int) -> list[ir.Value | None]:
+        """Return what a MatMulNBits takes behind what it multiplies."""
+        shape = (n_out, -(-n_in // BLOCK_SIZE), BLOCK_SIZE * self.bits // 8)
+        values: list[ir.Value | None] = [ir.val(self.codes_name, dtype=ir.DataType.UINT8, shape=shape)]
+        values += self.scales(n_in, n_out)
+        if self.has_bias:
+            values += [None] * (4 - len(values))
+            values.append(ir.val(self.bias_name, dtype=ir.DataType.FLOAT, shape=(n_out,)))
+        return values
+
+    def scales(self, n_in: int, n_out: int) -> list[ir.Value]:
+        """Return scales, and zero points where there are any."""
+        n_blocks = -(-n_in // BLOCK_SIZE)
+        values = [ir.val(self.scales_name, dtype=ir.DataType.FLOAT, shape=(n_out, n_blocks))]
+        if not self.is_symmetric:
+            n_bytes = -(-n_blocks * self.bits // 8)
+            values.append(ir.val(self.zero_points_name, dtype=ir.DataType.UINT8, shape=(n_out, n_bytes)))
+        return values
+
 
 class NBitsGraphWriter(GraphWriter):
     """Writes every linear as one MatMulNBits, and several of one input as one."""
@@ -142,7 +161,7 @@ class NBitsGraphWriter(GraphWriter):
         return self.op.GatherBlockQuantized(
             ir.val(matrix.rows_name, dtype=ir.DataType.UINT8, shape=(shape[0], shape[1] * matrix.bits // 8)),
             indices,
-            *self._scales(matrix, shape[1], shape[0]),
+            *matrix.scales(shape[1], shape[0]),
             bits=matrix.bits,
             block_size=BLOCK_SIZE,
             gather_axis=0,
@@ -152,30 +171,7 @@ class NBitsGraphWriter(GraphWriter):
 
     def _product(self, hidden: ir.Value, matrix: NBitsLinear, n_in: int, n_out: int) -> ir.Value:
         self.quantized[matrix.name] = matrix
-        n_blocks = -(-n_in // BLOCK_SIZE)
-        inputs: list[ir.Value | None] = [
-            hidden,
-            ir.val(matrix.codes_name, dtype=ir.DataType.UINT8, shape=(n_out, n_blocks, BLOCK_SIZE * matrix.bits // 8)),
-            *self._scales(matrix, n_in, n_out),
-        ]
-        if matrix.has_bias:
-            inputs += [None] * (5 - len(inputs))
-            inputs += [ir.val(matrix.bias_name, dtype=ir.DataType.FLOAT, shape=(n_out,))]
+        attributes = {"K": n_in, "N": n_out, "bits": matrix.bits, "block_size": BLOCK_SIZE}
         return self.op.MatMulNBits(
-            *inputs,
-            K=n_in,
-            N=n_out,
-            bits=matrix.bits,
-            block_size=BLOCK_SIZE,
-            accuracy_level=self._accuracy_level,
-            **_MICROSOFT,
+            hidden, *matrix.inputs(n_in, n_out), **attributes, accuracy_level=self._accuracy_level, **_MICROSOFT
         )
-
-    def _scales(self, matrix: NBitsLinear, n_in: int, n_out: int) -> list[ir.Value]:
-        """Return scales, and zero points where there are any."""
-        n_blocks = -(-n_in // BLOCK_SIZE)
-        values = [ir.val(matrix.scales_name, dtype=ir.DataType.FLOAT, shape=(n_out, n_blocks))]
-        if not matrix.is_symmetric:
-            n_bytes = -(-n_blocks * matrix.bits // 8)
-            values.append(ir.val(matrix.zero_points_name, dtype=ir.DataType.UINT8, shape=(n_out, n_bytes)))
-        return values

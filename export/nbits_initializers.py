@@ -16,11 +16,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.export.decoder import WeightSource
 from owl_deploy.export.initializers import (
     DATA_FILE,
     StoredMatrix,
+    TensorSource,
     external_tensor,
     read_stacked,
     read_weight,
@@ -39,7 +39,7 @@ def write_nbits_initializers(
     model: onnx.ModelProto,
     weights: dict[str, WeightSource],
     quantized: dict[str, NBitsLinear],
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     folder: Path,
     *,
     on_step: OnStep = silent,
@@ -117,7 +117,9 @@ def nbits_bytes(shape: tuple[int, int], bits: int, *, is_symmetric: bool = True)
     return shape[0] * (n_blocks * (BLOCK_SIZE * bits // 8 + 4) + zero_points)
 
 
-def _write_matrix(model: onnx.ModelProto, linear: NBitsLinear, checkpoint: Checkpoint, data: BinaryIO) -> StoredMatrix:
+def _write_matrix(
+    model: onnx.ModelProto, linear: NBitsLinear, checkpoint: TensorSource, data: BinaryIO
+) -> StoredMatrix:
     """Quantise one matrix, write it with its bias, and name what the nodes read of it."""
     weight = read_stacked(checkpoint, [f"{part}.weight" for part in linear.parts])
     shape, n_nonzeros = (weight.shape[0], weight.shape[1]), int(np.count_nonzero(weight))

@@ -56,6 +56,13 @@ class PackedLinear:
         """Initializer that is the packed scales of its rows, (out, 1) float32."""
         return f"{self.name}.weight.row_scales"
 
+    def inputs(self, n_out: int) -> list[ir.Value]:
+        """Return what a SparseMatMul takes behind what it multiplies."""
+        values = [ir.val(self.matrix_name, dtype=ir.DataType.UINT8)]
+        if self.has_bias:
+            values.append(ir.val(self.bias_name, dtype=ir.DataType.FLOAT, shape=(n_out,)))
+        return values
+
 
 class PackedGraphWriter(GraphWriter):
     """Writes every linear as one SparseMatMul, and several of one input as one."""
@@ -119,7 +126,5 @@ class PackedGraphWriter(GraphWriter):
         return op.Mul(rows, op.Gather(scales, indices))
 
     def _product(self, hidden: ir.Value, matrix: PackedLinear, n_in: int, n_out: int) -> ir.Value:
-        inputs = [hidden, ir.val(matrix.matrix_name, dtype=ir.DataType.UINT8)]
-        if matrix.has_bias:
-            inputs.append(ir.val(matrix.bias_name, dtype=ir.DataType.FLOAT, shape=(n_out,)))
-        return self.op.SparseMatMul(*inputs, N=n_out, K=n_in, _domain=OPERATOR_DOMAIN, _version=1)
+        inputs = matrix.inputs(n_out)
+        return self.op.SparseMatMul(hidden, *inputs, N=n_out, K=n_in, _domain=OPERATOR_DOMAIN, _version=1)

@@ -15,13 +15,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.export.cost_model import MachineClass, choose_encoding
 from owl_deploy.export.decoder import WeightSource
 from owl_deploy.export.initializers import (
     DATA_FILE,
     StoredMatrix,
+    TensorSource,
     external_tensor,
     read_stacked,
     read_weight,
@@ -45,7 +45,7 @@ def write_packed_initializers(
     model: onnx.ModelProto,
     weights: dict[str, WeightSource],
     packed: dict[str, PackedLinear],
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     folder: Path,
     *,
     encoding: Encoding | Literal["auto"],
@@ -112,7 +112,7 @@ def chosen_encoding(
 def _write_matrix(
     model: onnx.ModelProto,
     linear: PackedLinear,
-    checkpoint: Checkpoint,
+    checkpoint: TensorSource,
     data: BinaryIO,
     *,
     encoding: Encoding | Literal["auto"],

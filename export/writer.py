@@ -12,22 +12,26 @@ from typing import Any, Literal
 
 import onnx
 
-from owl_deploy.artifact import MANIFEST, OnnxArtifact, open_artifact
+from owl_deploy.artifact import ARTIFACT_FORMAT, MANIFEST, OnnxArtifact, open_artifact
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.export.artifact_shape import ArtifactShape
 from owl_deploy.export.cost_model import MachineClass
-from owl_deploy.export.decoder import Decoder, WeightSource, read_decoder
+from owl_deploy.export.decoder import Decoder, WeightSource, has_lean_graph, read_decoder
 from owl_deploy.export.deepsparse_graph import deepsparse_graph
+from owl_deploy.export.families import FAMILIES
 from owl_deploy.export.genai import genai_config
-from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, write_initializers
+from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, TensorSource, write_initializers
 from owl_deploy.export.machine_class import this_machine_class
 from owl_deploy.export.nbits_initializers import write_nbits_initializers
 from owl_deploy.export.onnxruntime_graph import nbits_graph, onnxruntime_graph, sparse_operator_graph
 from owl_deploy.export.packed_initializers import write_packed_initializers
 from owl_deploy.export.parity import check_parity
+from owl_deploy.export.traced_graph import traced_graph
+from owl_deploy.export.unfilled_graph import UnfilledGraph
 from owl_deploy.files import file_sha256, folder_bytes, new_folder, write_json
 from owl_deploy.kernels import library_path
-from owl_deploy.progress import OnStep, silent
+from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import ExportSettings, Precision
 from owl_deploy.skeleton import open_skeleton
 from owl_deploy.text import Encoder
@@ -72,7 +76,8 @@ def export_onnx(
 ) -> OnnxArtifact:
     """Write the artifact of a checkpoint for one engine.
 
-    Tensors are read one at a time; the parity gate then loads the checkpoint in torch once.
+    Families with a lean graph have their tensors read one at a time, and the parity gate then loads the checkpoint in
+    torch once. Any other is loaded and traced by optimum.
 
     Args:
         model: checkpoint folder, or any MODEL (its dense weights are then exported).
@@ -91,27 +96,21 @@ def export_onnx(
     """
     library = library_path() if settings.weights == "sparse-operator" else None  # refuses before any work
     checkpoint = open_checkpoint(model, offline=offline)
-    decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
     open_skeleton(checkpoint)  # refuses tensors that are missing or of another shape
     with new_folder(out, replace=force) as folder:
-        if settings.weights == "sparse-operator":
-            matrices = _write_packed(checkpoint, decoder, settings, folder, on_step)
-        elif settings.is_nbits:
-            matrices = _write_nbits(checkpoint, decoder, settings, folder, on_step)
-        else:
-            matrices = _write_plain(checkpoint, decoder, settings, folder, inline_limit, on_step)
+        shape, matrices = _write_model(checkpoint, settings, folder, inline_limit, on_step)
         if library is not None:
             # For onnxruntime-genai, which takes it from the model's folder alone. Our own engines never load this copy.
             shutil.copyfile(library, folder / library.name)
         _copy_tokenizer(checkpoint, folder)
         config = genai_config(
-            decoder,
+            shape,
             Encoder.open(checkpoint.path),
             _end_tokens(checkpoint),
             operator_library=library.name if library is not None else None,
         )
         write_json(folder / "genai_config.json", config)
-        manifest = _manifest(checkpoint, decoder, settings, matrices, folder)
+        manifest = _manifest(checkpoint, shape, settings, matrices, folder)
         write_json(folder / MANIFEST, manifest)
         if parity:
             n_threads = resolve_threads(threads).n
@@ -122,7 +121,7 @@ def export_onnx(
 
 def export_summary(artifact: OnnxArtifact) -> dict[str, Any]:
     """Return the document that `owl-deploy export --json` prints."""
-    keys = ("target", "weights", "precision", "bytes_on_disk", "bytes_dense", "sparsity", "parity", "matrices")
+    keys = ("target", "graph", "weights", "precision", "bytes_on_disk", "bytes_dense", "sparsity", "parity", "matrices")
     return {"artifact": str(artifact.path), **{key: artifact.manifest.get(key) for key in keys}}
 
 
@@ -139,6 +138,7 @@ def artifact_identity(checkpoint: Checkpoint, settings: ExportSettings) -> dict[
     """
     is_packed = settings.weights == "sparse-operator"
     return {
+        "format_version": ARTIFACT_FORMAT,
         "settings": {
             **settings.model_dump(mode="json", include=set(ExportSettings.model_fields)),
             "head_precision": head_precision(settings),
@@ -150,70 +150,85 @@ def artifact_identity(checkpoint: Checkpoint, settings: ExportSettings) -> dict[
     }
 
 
-def _write_plain(
-    checkpoint: Checkpoint,
-    decoder: Decoder,
+def _write_model(
+    checkpoint: Checkpoint, settings: ExportSettings, folder: Path, inline_limit: int, on_step: OnStep
+) -> tuple[ArtifactShape, list[StoredMatrix]]:
+    """Write graph and weights, by the lean route where there is one, else through a trace."""
+    if has_lean_graph(checkpoint):
+        decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
+        graph = _lean_graph(decoder, settings)
+        _refuse_unused_tensors(checkpoint, graph.used_tensors())
+        return decoder.shape, _write_weights(graph, checkpoint, settings, folder, inline_limit, on_step)
+    if settings.target != "onnxruntime":
+        raise UnsupportedModelError(
+            f"no graph for model type {checkpoint.config.get('model_type')!r} in target {settings.target}: "
+            f"export takes {', '.join(FAMILIES)}"
+        )
+    on_step(Step("tracing the model", 0, 1, "by optimum"))
+    with traced_graph(
+        checkpoint,
+        weights=settings.weights,
+        precision=settings.precision,
+        head_precision=head_precision(settings),
+        is_symmetric=settings.symmetric,
+        accuracy_level=settings.accuracy_level,
+        max_positions=settings.max_positions,
+    ) as traced:
+        on_step(Step("tracing the model", 1, 1, "by optimum"))
+        matrices = _write_weights(traced.graph, traced.source, settings, folder, inline_limit, on_step)
+        return traced.shape, matrices
+
+
+def _lean_graph(decoder: Decoder, settings: ExportSettings) -> UnfilledGraph:
+    if settings.weights == "sparse-operator":
+        model, weights, packed = sparse_operator_graph(
+            decoder, precision=settings.precision, head_precision=head_precision(settings)
+        )
+        return UnfilledGraph(model, weights, packed=packed)
+    if settings.is_nbits:
+        model, weights, quantized = nbits_graph(
+            decoder,
+            precision=settings.precision,
+            head_precision=head_precision(settings),
+            is_symmetric=settings.symmetric,
+            accuracy_level=settings.accuracy_level,
+        )
+        return UnfilledGraph(model, weights, quantized=quantized)
+    return UnfilledGraph(*plain_graph(decoder, settings))
+
+
+def _write_weights(
+    graph: UnfilledGraph,
+    source: TensorSource,
     settings: ExportSettings,
     folder: Path,
     inline_limit: int,
     on_step: OnStep,
 ) -> list[StoredMatrix]:
-    """Write the model with weights that any build of the engine reads."""
-    graph, weights = plain_graph(decoder, settings)
-    _refuse_unused_tensors(checkpoint, {tensor for source in weights.values() for tensor in source.tensors})
+    """Fill a graph and write it."""
+    if settings.weights == "sparse-operator":
+        return write_packed_initializers(
+            graph.model,
+            graph.weights,
+            graph.packed,
+            source,
+            folder,
+            encoding=settings.encoding,
+            machine=machine_class(settings),
+            on_step=on_step,
+        )
+    if settings.is_nbits:
+        return write_nbits_initializers(graph.model, graph.weights, graph.quantized, source, folder, on_step=on_step)
     return write_initializers(
-        graph,
-        weights,
-        checkpoint,
+        graph.model,
+        graph.weights,
+        source,
         folder,
         is_sparse=settings.weights == "sparse-initializer",
         target=settings.target,
         inline_limit=inline_limit,
         on_step=on_step,
     )
-
-
-def _write_packed(
-    checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, folder: Path, on_step: OnStep
-) -> list[StoredMatrix]:
-    """Write the model with packed matrices for the operator library."""
-    graph, weights, packed = sparse_operator_graph(
-        decoder, precision=settings.precision, head_precision=head_precision(settings)
-    )
-    used = {tensor for source in weights.values() for tensor in source.tensors}
-    for linear in packed.values():
-        used |= {f"{part}.weight" for part in linear.parts}
-        used |= {f"{part}.bias" for part in linear.parts if linear.has_bias}
-    _refuse_unused_tensors(checkpoint, used)
-    return write_packed_initializers(
-        graph,
-        weights,
-        packed,
-        checkpoint,
-        folder,
-        encoding=settings.encoding,
-        machine=machine_class(settings),
-        on_step=on_step,
-    )
-
-
-def _write_nbits(
-    checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, folder: Path, on_step: OnStep
-) -> list[StoredMatrix]:
-    """Write the model with dense matrices in few bits."""
-    graph, weights, quantized = nbits_graph(
-        decoder,
-        precision=settings.precision,
-        head_precision=head_precision(settings),
-        is_symmetric=settings.symmetric,
-        accuracy_level=settings.accuracy_level,
-    )
-    used = {tensor for source in weights.values() for tensor in source.tensors}
-    for linear in quantized.values():
-        used |= {f"{part}.weight" for part in linear.parts}
-        used |= {f"{part}.bias" for part in linear.parts if linear.has_bias}
-    _refuse_unused_tensors(checkpoint, used)
-    return write_nbits_initializers(graph, weights, quantized, checkpoint, folder, on_step=on_step)
 
 
 def plain_graph(decoder: Decoder, settings: ExportSettings) -> tuple[onnx.ModelProto, dict[str, WeightSource]]:
@@ -264,15 +279,12 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _manifest(
-    checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, matrices: list[StoredMatrix], folder: Path
+    checkpoint: Checkpoint, shape: ArtifactShape, settings: ExportSettings, matrices: list[StoredMatrix], folder: Path
 ) -> dict[str, Any]:
     n_elements = sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices)
     lineage = checkpoint.manifest or {"source": {"model": checkpoint.source, "sha256": checkpoint.fingerprint}}
-    # An embedding that lies as in the checkpoint, or in few bits, is gathered, one row a token; all others are
-    # multiplied at every step.
-    names = (decoder.names.embedding, decoder.names.positions)
-    gathered = {f"{name}.weight{suffix}" for name in names for suffix in ("", ".rows")}
-    multiplied = [m for m in matrices if m.name not in gathered]
+    # Of an embedding a step reads one row a token; all other matrices are multiplied.
+    multiplied = [m for m in matrices if m.name not in shape.gathered]
     step_bytes = {
         "dense": sum(m.shape[0] * m.shape[1] for m in multiplied) * 4,
         "nonzero": 4 * sum(m.n_nonzeros for m in multiplied),
@@ -281,15 +293,15 @@ def _manifest(
         step_bytes["stored"] = sum(m.bytes for m in multiplied)  # the operator reads what lies in the file
     return {
         "kind": "artifact",
-        "format_version": 1,
         **settings.model_dump(mode="json", include={"target", "weights", "precision"}),
         **artifact_identity(checkpoint, settings),
-        "model_type": decoder.model_type,
-        "n_blocks": decoder.n_blocks,
-        "n_kv_heads": decoder.n_kv_heads,
-        "head_dim": decoder.head_dim,
-        "vocab_size": decoder.vocab_size,
-        "max_positions": decoder.max_positions,
+        "graph": "traced" if shape.is_traced else "lean",
+        "model_type": shape.model_type,
+        "n_blocks": shape.n_blocks,
+        "n_kv_heads": shape.n_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_positions": shape.max_positions,
         "bytes_on_disk": folder_bytes(folder),
         "bytes_dense": 4 * n_elements,
         "bytes_per_decode_step": step_bytes,

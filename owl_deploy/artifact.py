@@ -17,9 +17,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from owl_deploy.errors import UnsupportedModelError
 
-__all__ = ["MANIFEST", "ArtifactFacts", "OnnxArtifact", "is_artifact", "open_artifact"]
+__all__ = ["ARTIFACT_FORMAT", "MANIFEST", "ArtifactFacts", "OnnxArtifact", "is_artifact", "open_artifact"]
 
 MANIFEST = "owl.json"
+
+ARTIFACT_FORMAT = 2
+"""`format_version` of manifests. 2: logits of the last token alone can be asked for."""
 
 
 def _has(*keys: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -40,6 +43,7 @@ class ArtifactFacts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
     kind: str
+    format_version: int
     target: Literal["onnxruntime", "deepsparse"]
     weights: str
     precision: str
@@ -105,4 +109,8 @@ def open_artifact(path: Path) -> OnnxArtifact:
         ) from error
     if facts.kind != "artifact":
         raise UnsupportedModelError(f"{manifest} describes a {facts.kind}, not an artifact")
+    if facts.format_version != ARTIFACT_FORMAT:
+        raise UnsupportedModelError(
+            f"{manifest} has format_version {facts.format_version}, and this owl-deploy reads {ARTIFACT_FORMAT}: export it again"
+        )
     return artifact

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from owl_deploy.checkpoint import Checkpoint
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.progress import OnStep, Step, silent
-from owl_deploy.skeleton import open_skeleton
+from owl_deploy.skeleton import attention_options, open_skeleton
 
 __all__ = ["SAMPLED_TOGETHER", "greedy_tokens", "load_torch_model", "sample_tokens", "torch_logits"]
 
@@ -29,11 +29,18 @@ def load_torch_model(checkpoint: Checkpoint) -> Any:
         UnsupportedModelError: a tensor is missing or of another shape than config.json says.
         OwlDeployError: a weight holds NaN or Inf.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     open_skeleton(checkpoint)  # transformers would make up what is missing
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        checkpoint.path,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        **attention_options(config),
     )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():

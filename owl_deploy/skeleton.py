@@ -33,7 +33,7 @@ from owl_deploy.memory import release_free_memory
 if TYPE_CHECKING:
     from owl_deploy.methods.method import Role
 
-__all__ = ["BlockInputs", "Prunable", "Skeleton", "open_configuration", "open_skeleton"]
+__all__ = ["BlockInputs", "Prunable", "Skeleton", "attention_options", "open_configuration", "open_skeleton"]
 
 _GATED_MLPS: tuple[dict[str, Role], ...] = (
     {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
@@ -542,6 +542,15 @@ def open_configuration(folder: Path) -> Checkpoint:
     return Checkpoint(folder, str(folder), tensors)
 
 
+def attention_options(config: Any) -> dict[str, str]:
+    """Return what to build a model with so that its attention is all that its configuration says.
+
+    Where torch's fused attention is taken (sdpa, the default of transformers 4.57), caps on scores are passed over
+    without a word: Gemma 2 then gives other logits.
+    """
+    return {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+
+
 def _empty_model(folder: Path) -> tuple[Any, Any]:
     """Build the model of a config.json on the meta device; return it with the type that the file names, if any."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -552,7 +561,9 @@ def _empty_model(folder: Path) -> tuple[Any, Any]:
         # Buffers stay real: rotary frequencies are computed here and are in no checkpoint.
         with init_empty_weights(include_buffers=False):
             model = (
-                AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+                AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=False, dtype=torch.float32, **attention_options(config)
+                )
                 .eval()
                 .requires_grad_(False)
             )

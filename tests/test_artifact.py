@@ -8,11 +8,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from owl_deploy.artifact import OnnxArtifact, is_artifact, open_artifact
+from owl_deploy.artifact import ARTIFACT_FORMAT, OnnxArtifact, is_artifact, open_artifact
 from owl_deploy.errors import UnsupportedModelError
 
 MANIFEST: dict[str, Any] = {
     "kind": "artifact",
+    "format_version": ARTIFACT_FORMAT,
     "target": "onnxruntime",
     "weights": "dense",
     "precision": "fp32",
@@ -51,6 +52,13 @@ def test_key_value_bytes_follow_from_the_shape(artifact: Path) -> None:
 def test_manifest_may_hold_more(artifact: Path) -> None:
     (artifact / "owl.json").write_text(json.dumps({**MANIFEST, "later": [1]}))
     assert open_artifact(artifact).manifest["later"] == [1]
+
+
+@pytest.mark.parametrize("version", [1, ARTIFACT_FORMAT + 1])
+def test_manifest_of_another_format_is_refused(artifact: Path, version: int) -> None:
+    (artifact / "owl.json").write_text(json.dumps({**MANIFEST, "format_version": version}))
+    with pytest.raises(UnsupportedModelError, match=r"has format_version .*: export it again"):
+        open_artifact(artifact)
 
 
 def test_name_is_that_of_the_folder_itself(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

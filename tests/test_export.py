@@ -15,7 +15,7 @@ from command_line import call
 from conftest import TINY, OwlDeploy, byte_tokenizer, save_tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM
+from transformers import AutoModelForCausalLM
 
 from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.engines.process import open_worker
@@ -276,26 +276,6 @@ def test_genai_reads_the_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
     tokens = tokenizer.encode(text)
     assert tokens.tolist() == byte_tokenizer()(text)["input_ids"]
     assert tokenizer.decode(tokens) == text
-
-
-def test_family_without_a_graph_is_refused_by_name(tmp_path: Path) -> None:
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=260, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    result = call("export", tmp_path / "model", "--out", tmp_path / "artifact", "--quiet")
-    assert result.code == 1
-    assert result.sentence == (
-        "no graph for model type 'gpt2' yet: export takes llama, mistral, smollm3, qwen2, qwen3, gemma, gemma2, "
-        "gemma3_text, phi3, opt"
-    )
-    assert [item.name for item in tmp_path.iterdir()] == ["model"]
-
-
-def test_family_that_only_looks_like_llama_is_refused_by_name(tmp_path: Path) -> None:
-    """Granite's tensors have the names of Llama's, but what each block adds is scaled."""
-    GraniteForCausalLM(GraniteConfig(**TINY, residual_multiplier=0.5)).save_pretrained(tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="no graph for model type 'granite'"):
-        export(tmp_path / "model", tmp_path / "artifact")
 
 
 def test_tensor_without_a_place_in_the_graph_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ inline Status* GetDimensionsCount(const Api* api, const TensorInfo* info, size_t
 inline Status* GetDimensions(const Api* api, const TensorInfo* info, int64_t* dims, size_t n) {
   return At<62, Status* (*)(const TensorInfo*, int64_t*, size_t)>(api)(info, dims, n);
 }
+inline Status* GetSymbolicDimensions(const Api* api, const TensorInfo* info, const char** names, size_t n) {
+  return At<63, Status* (*)(const TensorInfo*, const char**, size_t)>(api)(info, names, n);
+}
 inline Status* GetTensorTypeAndShape(const Api* api, const Value* value, TensorInfo** out) {
   return At<65, Status* (*)(const Value*, TensorInfo**)>(api)(value, out);
 }
@@ -111,6 +114,9 @@ inline Status* ShapeGetAttribute(const Api* api, const ShapeContext* context, co
 }
 inline Status* ShapeSetOutput(const Api* api, ShapeContext* context, size_t index, TensorInfo* info) {
   return At<270, Status* (*)(ShapeContext*, size_t, TensorInfo*)>(api)(context, index, info);
+}
+inline Status* SetSymbolicDimensions(const Api* api, TensorInfo* info, const char** names, size_t n) {
+  return At<271, Status* (*)(TensorInfo*, const char**, size_t)>(api)(info, names, n);
 }
 inline Status* ReadInt64(const Api* api, const OpAttribute* attribute, int64_t* out) {
   constexpr int kInt = 1;

@@ -189,6 +189,8 @@ void InferShape(const Api* api, ort::ShapeContext* context) {
   if (rank == 0) return;  // nothing is known of X
   std::vector<int64_t> dims(rank);
   Check(ort::GetDimensions(api, info, dims.data(), rank));
+  std::vector<const char*> names(rank);
+  Check(ort::GetSymbolicDimensions(api, info, names.data(), rank));
   int64_t n = 0, k = 0;
   const ort::OpAttribute* attribute = nullptr;
   Check(ort::ShapeGetAttribute(api, context, "N", &attribute));
@@ -199,12 +201,19 @@ void InferShape(const Api* api, ort::ShapeContext* context) {
     Fail(api, ort::kInvalidArgument, "X must have " + std::to_string(k) + " columns, found shape " + Text(dims));
   }
   dims.back() = n;
+  names.back() = "";
+  for (size_t i = 0; i < rank; ++i) {
+    // An unknown length is -1 here, and written out it would be taken for a number: it needs a name, or nothing is
+    // said.
+    if (dims[i] < 0 && (names[i] == nullptr || *names[i] == '\0')) return;
+  }
   ort::TensorInfo* output = nullptr;
   Check(ort::CreateTensorInfo(api, &output));
   const auto release = [api](ort::TensorInfo* info) { ort::ReleaseTensorInfo(api, info); };
   const std::unique_ptr<ort::TensorInfo, decltype(release)> keeper(output, release);
   Check(ort::SetElementType(api, output, ort::kFloat));
   Check(ort::SetDimensions(api, output, dims.data(), dims.size()));
+  Check(ort::SetSymbolicDimensions(api, output, names.data(), names.size()));
   Check(ort::ShapeSetOutput(api, context, 0, output));
 }
 

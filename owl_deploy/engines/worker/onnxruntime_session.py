@@ -35,28 +35,44 @@ class OnnxRuntimeSession:
         )
         self.version = onnxruntime.__version__
         facts = json.loads((Path(artifact) / "owl.json").read_text(encoding="utf-8"))
-        shape = (1, facts["n_kv_heads"], capacity, facts["head_dim"])
         self.vocab_size = facts["vocab_size"]
         self.capacity = capacity
-        names = [entry.name for entry in self.session.get_inputs() if entry.name.startswith("past_key_values.")]
-        # One buffer for past and present: GroupQueryAttention then writes new positions in place.
-        self.cache = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
+        names = [entry.name for entry in self.session.get_inputs()]
+        self.takes_positions = "position_ids" in names
+        # GroupQueryAttention writes new positions in place, into one buffer for past and present. A traced graph
+        # makes a new buffer at every call, with the old positions and the new ones.
+        self.is_growing = facts.get("graph") == "traced"
+        shape = (1, facts["n_kv_heads"], 0 if self.is_growing else capacity, facts["head_dim"])
+        self.cache = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            for name in names
+            if name.startswith("past_key_values.")
+        }
         self.n_seen = 0
 
     def _bind(self, tokens, past_len):
         """Bind the inputs and outputs of one call; returns the binding and the buffer of the logits."""
-        if past_len + len(tokens) > self.capacity:
+        n_all = past_len + len(tokens)
+        if n_all > self.capacity:
             raise ValueError("{} tokens after {} do not fit a cache of {}".format(len(tokens), past_len, self.capacity))
         binding = self.session.io_binding()
-        mask = np.ones((1, past_len + len(tokens)), np.int64)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None]))
-        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_cpu_input("attention_mask", np.ones((1, n_all), np.int64))
+        if self.takes_positions:
+            binding.bind_cpu_input("position_ids", np.arange(past_len, n_all)[None])
         n_logits = 1 if self.last_logits_only else len(tokens)
         logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, n_logits, self.vocab_size), np.float32))
         binding.bind_ortvalue_output("logits", logits)
         for name, value in self.cache.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
+            present = name.replace("past_key_values.", "present.")
+            if self.is_growing:
+                if value.shape()[2] != past_len:
+                    value = onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()[:, :, :past_len].copy())
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_output(present)
+            else:
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(present, value)
         return binding, logits
 
     def forward(self, tokens, past_len):
@@ -64,6 +80,8 @@ class OnnxRuntimeSession:
         binding, logits = self._bind(tokens, past_len)
         self.session.run_with_iobinding(binding)
         self.n_seen = past_len + len(tokens)
+        if self.is_growing:
+            self.cache = dict(zip(self.cache, binding.get_outputs()[1:]))  # noqa: B905  (Python 3.8)
         return np.array(logits.numpy()[0])  # a copy: the view does not keep the OrtValue's memory alive
 
     def measure(self, tokens, past_len, n_samples):
@@ -79,5 +97,6 @@ class OnnxRuntimeSession:
             started = time.perf_counter_ns()
             self.session.run_with_iobinding(binding)
             samples.append(time.perf_counter_ns() - started)
-        self.n_seen = past_len + len(tokens)
+        if not self.is_growing:
+            self.n_seen = past_len + len(tokens)
         return samples
