@@ -22,6 +22,7 @@ from owl_deploy.export.deepsparse_graph import deepsparse_graph
 from owl_deploy.export.families import FAMILIES
 from owl_deploy.export.genai import genai_config
 from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, TensorSource, write_initializers
+from owl_deploy.export.lineage import check_zeros
 from owl_deploy.export.machine_class import this_machine_class
 from owl_deploy.export.nbits_initializers import write_nbits_initializers
 from owl_deploy.export.onnxruntime_graph import nbits_graph, onnxruntime_graph, sparse_operator_graph
@@ -96,7 +97,7 @@ def export_onnx(
     """
     library = library_path() if settings.weights == "sparse-operator" else None  # refuses before any work
     checkpoint = open_checkpoint(model, offline=offline)
-    open_skeleton(checkpoint)  # refuses tensors that are missing or of another shape
+    check_zeros(open_skeleton(checkpoint), on_step)  # opening refuses tensors that are missing or of another shape
     with new_folder(out, replace=force) as folder:
         shape, matrices = _write_model(checkpoint, settings, folder, inline_limit, on_step)
         if library is not None:

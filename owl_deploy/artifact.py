@@ -111,6 +111,7 @@ def open_artifact(path: Path) -> OnnxArtifact:
         raise UnsupportedModelError(f"{manifest} describes a {facts.kind}, not an artifact")
     if facts.format_version != ARTIFACT_FORMAT:
         raise UnsupportedModelError(
-            f"{manifest} has format_version {facts.format_version}, and this owl-deploy reads {ARTIFACT_FORMAT}: export it again"
+            f"{manifest} has format_version {facts.format_version}, and this owl-deploy reads {ARTIFACT_FORMAT}: "
+            "export it again"
         )
     return artifact

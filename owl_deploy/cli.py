@@ -555,6 +555,39 @@ def export(
 
 
 @cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--past-len",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Tokens in the KV cache of the decode step that is explained.",
+)
+@click.option(
+    "--threads", default="auto", show_default=True, help="Threads: auto (affinity and cgroup quota) or a number."
+)
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+def explain(artifact: Path, past_len: int, threads: str, quiet: bool, as_json: bool) -> None:
+    """Say why an ARTIFACT decodes as fast as it does: nodes, bytes read per token, matrices, limits.
+
+    \b
+    Example:
+      owl-deploy explain artifact --past-len 1024
+    """
+    n_threads = _threads(threads)
+    from owl_deploy.explain import explain_artifact
+    from owl_deploy.explain_tables import print_explanation
+
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
+        explanation = explain_artifact(artifact, past_len=past_len, threads=n_threads, on_step=progress)
+    if as_json:
+        print_json(explanation.to_json())
+    else:
+        print_explanation(explanation)
+
+
+@cli.command()
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ARTIFACT...")
 @click.option("--baseline", required=True, help="The artifact (name or path) that the others are compared with.")
 @_settings_options(BenchSettings)

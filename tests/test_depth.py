@@ -147,7 +147,9 @@ def tokens_of(model: Path) -> torch.Tensor:
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    # The cap on the scores of Gemma 2 is in its plain attention alone.
+    options = {"attn_implementation": "eager"} if config_json(folder)["model_type"] == "gemma2" else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def blocks_of(model: Any) -> Any:

@@ -278,6 +278,23 @@ def test_genai_reads_the_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(tokens) == text
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0], ids=["a zero more", "a zero less"])
+def test_zeros_that_are_not_those_of_the_manifest_are_refused(value: float, pruned_model: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+    source = Path(shutil.copytree(pruned_model, tmp_path / "changed"))
+    (shard,) = (file for file in source.glob("*.safetensors") if f"{name}.weight" in load_file(file))
+    tensors = load_file(shard)
+    weight = tensors[f"{name}.weight"]
+    first = (weight == 0).nonzero()[0] if value else weight.nonzero()[0]
+    weight[tuple(first)] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(OwlDeployError, match=rf"the zeros of {name} are not those of its manifest"):
+        export(source, tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+    (source / "owl.json").unlink()
+    assert export(source, tmp_path / "artifact").manifest["sparsity"]["linears"] == 0.0
+
+
 def test_tensor_without_a_place_in_the_graph_is_refused(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model")
     name = "model.layers.1.self_attn.q_norm.weight"
