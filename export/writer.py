@@ -77,8 +77,8 @@ def export_onnx(
 ) -> OnnxArtifact:
     """Write the artifact of a checkpoint for one engine.
 
-    Families with a lean graph have their tensors read one at a time, and the parity gate then loads the checkpoint in
-    torch once. Any other is loaded and traced by optimum.
+    Families with a lean graph have their tensors read one at a time, and the parity gate runs them block by block. Any
+    other is loaded and traced by optimum.
 
     Args:
         model: checkpoint folder, or any MODEL (its dense weights are then exported).

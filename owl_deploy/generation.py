@@ -16,7 +16,7 @@ from owl_deploy.errors import OwlDeployError
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.skeleton import attention_options, open_skeleton
 
-__all__ = ["SAMPLED_TOGETHER", "greedy_tokens", "load_torch_model", "sample_tokens", "torch_logits"]
+__all__ = ["SAMPLED_TOGETHER", "load_torch_model", "sample_tokens", "torch_logits"]
 
 # Sequences sampled side by side: enough to keep the cores busy, and 200 MiB of cache per 512 tokens of SmolLM2.
 SAMPLED_TOGETHER = 32
@@ -92,16 +92,3 @@ def torch_logits(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the logits (n, vocab) float32 of tokens (n,), each seeing those before it."""
     logits: NDArray[np.float32] = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
     return logits
-
-
-@torch.inference_mode()
-def greedy_tokens(model: Any, prompt: NDArray[np.int64], n_tokens: int) -> NDArray[np.int64]:
-    """Continue a prompt by the most likely token, with a KV cache; returns the new tokens, (n_tokens,) int64."""
-    inputs, cache = torch.from_numpy(prompt)[None], None
-    tokens: list[int] = []
-    while len(tokens) < n_tokens:
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        tokens.append(int(output.logits[0, -1].argmax()))
-        inputs = torch.tensor([[tokens[-1]]])
-    return np.asarray(tokens, dtype=np.int64)

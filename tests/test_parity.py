@@ -157,45 +157,64 @@ def test_logits_of_another_shape_fail() -> None:
 
 
 class CountingEngine:
-    """Answers token t with t + 1, and with `slip` at one position."""
+    """Answers token t with t + 1, and with 49 at one position."""
 
     def __init__(self, *, slips_at: int | None = None) -> None:
         self.slips_at = slips_at
-        self.positions: list[int] = []
+        self.fed: list[tuple[int, int]] = []
 
     def forward(self, tokens: NDArray[np.int64], past_len: int) -> Logits:
-        assert tokens.shape == (1,)
-        self.positions.append(past_len)
+        (token,) = tokens
+        self.fed.append((past_len, int(token)))
         logits = np.zeros((1, 50), np.float32)
-        logits[0, int(tokens[0]) + 1] = 1.0
-        if past_len == self.slips_at:
-            logits[0, 49] = 2.0
+        logits[0, 49 if past_len == self.slips_at else (int(token) + 1) % 50] = 1.0
         return logits
 
 
-def compare_greedy(engine: Any) -> None:
-    parity._compare_greedy("name", engine, np.arange(10, 14), np.arange(14, 20))
+def continuation(engine: Any) -> list[int]:
+    return [int(token) for token in parity._continuation(engine, np.arange(10, 14), 6)]
 
 
-def test_equal_greedy_tokens_pass_and_every_position_is_fed_once() -> None:
+def test_every_token_is_fed_once_at_its_position() -> None:
     engine = CountingEngine()
-    compare_greedy(engine)
-    assert engine.positions == list(range(9))
+    assert continuation(engine) == [14, 15, 16, 17, 18, 19]
+    assert engine.fed == list(enumerate(range(10, 19)))
 
 
-def test_first_other_greedy_token_is_named() -> None:
-    with pytest.raises(ParityError, match=r"greedy token 2 is 49, the checkpoint's is 16 \(logits 2 and 1\)"):
-        compare_greedy(CountingEngine(slips_at=5))
-
-
-@pytest.mark.parametrize("position", [3, 8])
-def test_first_and_last_greedy_token_count(position: int) -> None:
-    with pytest.raises(ParityError, match=f"greedy token {position - 3} is 49"):
-        compare_greedy(CountingEngine(slips_at=position))
+def test_engine_goes_on_behind_its_own_tokens() -> None:
+    assert continuation(CountingEngine(slips_at=5))[:3] == [14, 15, 49]
 
 
 def test_what_the_engine_says_inside_the_prompt_does_not_count() -> None:
-    compare_greedy(CountingEngine(slips_at=2))
+    assert continuation(CountingEngine(slips_at=2)) == [14, 15, 16, 17, 18, 19]
+
+
+def compare_greedy(tokens: list[int], **options: float) -> int:
+    """The checkpoint names 14 to 19."""
+    expected = np.zeros((6, 50), np.float32)
+    expected[np.arange(6), np.arange(14, 20)] = 2.0
+    expected[:, 49] = 1.0
+    return parity._compare_greedy("name", expected, np.array(tokens), **options)
+
+
+def test_equal_greedy_tokens_are_counted() -> None:
+    assert compare_greedy([14, 15, 16, 17, 18, 19]) == 6
+
+
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_first_other_greedy_token_is_named(first: int) -> None:
+    tokens = [14, 15, 16, 17, 18, 19]
+    tokens[first] = 49
+    message = rf"greedy token {first} is 49, the checkpoint's is {14 + first} \(its logits 1 and 2\)"
+    with pytest.raises(ParityError, match=message):
+        compare_greedy(tokens)
+
+
+def test_share_of_equal_greedy_tokens_decides_where_others_are_allowed() -> None:
+    tokens = [14, 49, 16, 49, 18, 49]
+    assert compare_greedy(tokens, min_agreement=0.5) == 3
+    with pytest.raises(ParityError, match=r"3 of 6 greedy tokens are the checkpoint's \(needed: 51%\)"):
+        compare_greedy(tokens, min_agreement=0.51)
 
 
 def test_failed_gate_is_exit_code_3_and_leaves_no_artifact(

@@ -694,32 +694,6 @@ def test_limits_grow_with_fewer_bits() -> None:
         assert 1 > limits.top1_agreement > limits.greedy_agreement > 0
 
 
-class NextTokenEngine:
-    """Answers token t with t + 1, and with 49 at some positions."""
-
-    def __init__(self, slips: set[int]) -> None:
-        self.slips = slips
-
-    def forward(self, tokens: NDArray[np.int64], past_len: int) -> Logits:
-        logits = np.zeros((1, 50), np.float32)
-        logits[0, 49 if past_len in self.slips else int(tokens[0]) + 1] = 1.0
-        return logits
-
-
-def test_few_greedy_tokens_may_differ_where_the_gate_says_so() -> None:
-    def n_equal(slips: set[int], min_agreement: float) -> int:
-        engine: Any = NextTokenEngine(slips)
-        arrays = (np.arange(10, 14), np.arange(14, 24))
-        return parity._compare_greedy("name", engine, *arrays, min_agreement=min_agreement)
-
-    assert n_equal(set(), 1.0) == 10
-    assert n_equal({1, 5}, 0.9) == 9  # position 1 is inside the prompt
-    with pytest.raises(ParityError, match=r"8 of 10 greedy tokens are the checkpoint's \(needed: 90%\)"):
-        n_equal({5, 7}, 0.9)
-    with pytest.raises(ParityError, match="greedy token 2 is 49"):
-        n_equal({5, 7}, 1.0)
-
-
 # The operator library itself.
 
 
