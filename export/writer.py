@@ -6,6 +6,7 @@ builder, which holds all that an engine needs. Nothing is timed or served here.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +105,8 @@ def export_onnx(
             # For onnxruntime-genai, which takes it from the model's folder alone. Our own engines never load this copy.
             shutil.copyfile(library, folder / library.name)
         _copy_tokenizer(checkpoint, folder)
+        if settings.target == "deepsparse":
+            _write_merges_as_text(folder / "tokenizer.json")
         config = genai_config(
             shape,
             Encoder.open(checkpoint.path),
@@ -277,6 +280,21 @@ def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, folder / name)
+
+
+def _write_merges_as_text(file: Path) -> None:
+    """Write each merge of a BPE tokenizer as "a b", not ["a", "b"].
+
+    DeepSparse's pipelines want transformers below 4.40, whose tokenizers knows this form alone. Both mean the same
+    unless a token holds a space; then the file stays as it is.
+    """
+    if not file.is_file():
+        return
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    merges = tokenizer["model"].get("merges") or []
+    if any(isinstance(merge, list) for merge in merges) and not any(" " in part for merge in merges for part in merge):
+        tokenizer["model"]["merges"] = [" ".join(merge) for merge in merges]
+        write_json(file, tokenizer)
 
 
 def _manifest(

@@ -23,6 +23,7 @@ from owl_deploy.errors import OwlDeployError, UnsupportedModelError
 from owl_deploy.export.writer import export_onnx
 from owl_deploy.pruning import prune
 from owl_deploy.recipe import ExportSettings, PruneSettings
+from owl_deploy.text import Encoder
 
 FILES = {
     "model.onnx",
@@ -293,6 +294,23 @@ def test_zeros_that_are_not_those_of_the_manifest_are_refused(value: float, prun
     assert not (tmp_path / "artifact").exists()
     (source / "owl.json").unlink()
     assert export(source, tmp_path / "artifact").manifest["sparsity"]["linears"] == 0.0
+
+
+@pytest.mark.parametrize(("target", "merges"), [("deepsparse", ["o w", "ow l"]), ("onnxruntime", None)])
+def test_merges_are_text_where_an_old_tokenizer_reads_them(
+    target: str, merges: list[str] | None, tiny_model: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    written = json.loads((source / "tokenizer.json").read_text())
+    vocab = written["model"]["vocab"]
+    pairs = [["o", "w"], ["ow", "l"]]
+    written["model"].update(vocab={**vocab, "ow": len(vocab), "owl": len(vocab) + 1}, merges=pairs)
+    (source / "tokenizer.json").write_text(json.dumps(written))
+    artifact = export(source, tmp_path / "artifact", target=target)
+    found = json.loads((artifact.path / "tokenizer.json").read_text())
+    assert found["model"]["merges"] == (merges or pairs)
+    assert found["model"]["vocab"]["owl"] == len(vocab) + 1
+    assert Encoder.open(artifact.path).encode("owl").tolist() == Encoder.open(source).encode("owl").tolist()
 
 
 def test_tensor_without_a_place_in_the_graph_is_refused(tmp_path: Path) -> None:
