@@ -32,9 +32,9 @@ def plan_notes(facts: Mapping[str, Any]) -> list[str]:
     if facts["time"]["device"] != "cpu":
         notes.append(f"The time was never compared with runs on {facts['time']['device']}: it may be far off.")
     artifacts = facts["sizes"]["artifacts"]
-    dense = {artifact["target"]: artifact["bytes"] for artifact in artifacts if artifact["weights"] == "dense"}
+    dense = {(one["target"], one["precision"]): one["bytes"] for one in artifacts if one["weights"] == "dense"}
     for artifact in artifacts:
-        before = dense.get(artifact["target"], artifact["bytes_dense"])
+        before = dense.get((artifact["target"], artifact["precision"]), artifact["bytes_dense"])
         if artifact["weights"] != "dense" and artifact["bytes"] >= 0.99 * before:
             notes.append(f"The artifact {artifact['name']} is not predicted to shrink.")
         if "reason" in artifact:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 __all__ = ["figure_names", "print_pruning_plan"]
 
 
@@ -26,7 +24,7 @@ def print_pruning_plan(facts: dict[str, Any], out: Path | None) -> None:
     from rich.table import Table
 
     settings, model, sparsity, blocks = facts["recipe"]["prune"], facts["model"], facts["sparsity"], facts["blocks"]
-    click.echo(
+    _say(
         f"{facts['recipe']['model']}: {model['architecture']}, {model['n_blocks']} blocks, {model['n_linears']} "
         f"linears; {model['prunable_share']:.1%} of {model['n_parameters']:,} parameters can be pruned"
     )
@@ -42,7 +40,7 @@ def print_pruning_plan(facts: dict[str, Any], out: Path | None) -> None:
         values = (f"{block[figure]:.4g}" for figure in figures)
         table.add_row(str(block["index"]), asked, *linears, f"{block['n_weights']:,}", *values)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    click.echo(
+    _say(
         f"Sparsity: {sparsity['asked']:.4f} asked on average, weighted by size (target {sparsity['target']:g}); about "
         f"{sparsity['linears']:.4f} of the linears, {sparsity['model']:.4f} of the model"
         + (f", {sparsity['mlp']:.4f} of the gated MLPs alone" if "mlp" in sparsity else "")
@@ -51,9 +49,16 @@ def print_pruning_plan(facts: dict[str, Any], out: Path | None) -> None:
     _print_time(facts["time"])
     _print_sizes(facts["sizes"])
     for note in facts["notes"]:
-        click.echo(f"Note: {note}")
+        _say(f"Note: {note}")
     if out is not None:
-        click.echo(f"Plan: {out}")
+        _say(f"Plan: {out}")
+
+
+def _say(text: str) -> None:
+    """Print a sentence, in lines of the terminal's width, or in one where it goes into a file or a pipe."""
+    from rich.console import Console
+
+    Console().print(text, markup=False, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
 
 
 def _span(bounds: Mapping[str, float]) -> str:
@@ -63,13 +68,13 @@ def _span(bounds: Mapping[str, float]) -> str:
 def _print_memory(memory: Mapping[str, Any]) -> None:
     states = f"{_gib(memory['hidden_states_bytes'])} of hidden states "
     states += "on disk, beside that" if memory["are_hidden_states_on_disk"] else "included"
-    click.echo(f"Memory: about {_gib(memory['peak_bytes'])} at the peak, {states}")
+    _say(f"Memory: about {_gib(memory['peak_bytes'])} at the peak, {states}")
     phases = ", ".join(f"{name} {_gib(n_bytes)}" for name, n_bytes in memory["phases"].items())
-    click.echo(f"  {_gib(memory['held_bytes'])} before it starts; beyond that: {phases}")
+    _say(f"  {_gib(memory['held_bytes'])} before it starts; beyond that: {phases}")
 
 
 def _print_time(time: Mapping[str, Any]) -> None:
-    click.echo(
+    _say(
         f"Time: about {_duration(time['seconds'])}, within a factor of two (threads: {time['threads']}, products at "
         f"{time['flop_per_second'] / 1e9:.0f} GFLOP/s now)"
     )
@@ -77,17 +82,17 @@ def _print_time(time: Mapping[str, Any]) -> None:
         f"{name} {'in the cache' if name in time['in_cache'] else _duration(seconds)}"
         for name, seconds in time["phases"].items()
     )
-    click.echo(f"  {', '.join(phases)}")
+    _say(f"  {', '.join(phases)}")
     if time["sampling_seconds"] is not None:
         more = _duration(time["sampling_seconds"])
-        click.echo(f"  sampling the calibration text, where it is not in the cache yet: about {more} more")
+        _say(f"  sampling the calibration text, where it is not in the cache yet: about {more} more")
 
 
 def _print_sizes(sizes: Mapping[str, Any]) -> None:
-    click.echo(f"Sizes: sparse checkpoint about {sizes['checkpoint_bytes'] / 1e6:,.1f} MB")
+    _say(f"Sizes: sparse checkpoint about {sizes['checkpoint_bytes'] / 1e6:,.1f} MB")
     for artifact in sizes["artifacts"]:
         kinds = ", ".join(f"{count} {name}" for name, count in artifact["encodings"].items())
-        click.echo(
+        _say(
             f"  {artifact['name']}: about {artifact['bytes'] / 1e6:,.1f} MB "
             f"({artifact['bytes'] / artifact['bytes_dense']:.0%} of dense fp32 weights; matrices {kinds})"
         )

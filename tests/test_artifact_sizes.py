@@ -105,6 +105,16 @@ def test_artifact_that_does_not_shrink_is_noted(tiny_model: Path) -> None:
     assert high["sizes"]["artifacts"][1]["bytes"] < low["sizes"]["artifacts"][1]["bytes"]
 
 
+def test_artifact_is_compared_with_the_dense_one_of_its_precision(tiny_model: Path) -> None:
+    """Dense int4 is smaller than sparse float32, and says nothing about it."""
+    artifacts = of_artifacts(
+        [{"checkpoint": "dense"}, {"checkpoint": "dense", "precision": "int4"}, {"weights": "sparse-initializer"}]
+    )
+    facts = plan_pruning(str(tiny_model), settings(sparsity=0.7), artifacts=artifacts, threads=1).facts
+    assert facts["sizes"]["artifacts"][1]["bytes"] < facts["sizes"]["artifacts"][2]["bytes"]
+    assert not [note for note in facts["notes"] if "shrink" in note]
+
+
 def test_family_without_a_graph_has_no_artifacts_and_says_why(tmp_path: Path) -> None:
     GPT2Config().save_pretrained(tmp_path / "model")
     facts = plan_pruning(str(tmp_path / "model"), PruneSettings(allocation="uniform"), threads=1).facts
