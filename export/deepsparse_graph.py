@@ -19,10 +19,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from owl_deploy.export.activation_quantization import QuantizationPlan
 from owl_deploy.export.decoder import Activation, Decoder, RotaryTables, WeightSource
 from owl_deploy.export.graph import GraphWriter
+from owl_deploy.export.int8_graph import Int8GraphWriter, Int8Linear
 
-__all__ = ["deepsparse_graph"]
+__all__ = ["deepsparse_graph", "deepsparse_int8_graph"]
 
 # DeepSparse 1.8.0 reads models with ONNX Runtime 1.15: opset 19 and IR 9 at most. At opset 17
 # ReduceMean still has its axes as an attribute, which is the form that SparseML exports.
@@ -56,6 +58,25 @@ def deepsparse_graph(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, Weigh
         The model without its weights, and initializer name -> where that weight comes from.
     """
     writer = GraphWriter(opsets=_OPSETS, ir_version=_IR_VERSION)
+    _write(writer, decoder)
+    return writer.model(), writer.weights
+
+
+def deepsparse_int8_graph(
+    decoder: Decoder, plan: QuantizationPlan
+) -> tuple[onnx.ModelProto, dict[str, WeightSource], dict[str, Int8Linear]]:
+    """Write the same decoder with products of 8-bit integers.
+
+    Returns:
+        The model without its weights, initializer name -> source of what stays float32, and name -> what is integers.
+    """
+    writer = Int8GraphWriter(plan, opsets=_OPSETS, ir_version=_IR_VERSION)
+    _write(writer, decoder)
+    return writer.model(), writer.weights, writer.integers
+
+
+def _write(writer: GraphWriter, decoder: Decoder) -> None:
+    """Write the whole graph."""
     op, names = writer.op, decoder.names
     input_ids = writer.int64_input("input_ids", ["batch", "input_ids_len"])
     # No node reads it, causal_mask says all of it; but the pipeline takes the second input for it.
@@ -102,7 +123,6 @@ def deepsparse_graph(decoder: Decoder) -> tuple[onnx.ModelProto, dict[str, Weigh
     writer.output(logits, "logits", ["batch", "input_ids_len", decoder.vocab_size])
     for name, value in zip(decoder.kv_names, present, strict=True):
         writer.output(value, f"present.{name}", ["batch", decoder.n_kv_heads, "sequence_len", decoder.head_dim])
-    return writer.model(), writer.weights
 
 
 def _embedding(writer: GraphWriter, decoder: Decoder, input_ids: ir.Value, positions: ir.Value) -> ir.Value:

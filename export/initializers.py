@@ -53,6 +53,7 @@ Encoding = Literal[
     "packed-index16",
     "nbits8",
     "nbits4",
+    "int8",
 ]
 
 INLINE_LIMIT = 2_000_000_000

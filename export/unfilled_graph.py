@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from owl_deploy.export.decoder import WeightSource
+from owl_deploy.export.int8_graph import Int8Linear
 from owl_deploy.export.nbits_graph import NBitsLinear
 from owl_deploy.export.packed_graph import PackedLinear
 
@@ -25,9 +26,15 @@ class UnfilledGraph:
     quantized: dict[str, NBitsLinear] = field(default_factory=dict)
     """Name -> linears that a MatMulNBits takes; empty for other kinds of weights."""
 
+    integers: dict[str, Int8Linear] = field(default_factory=dict)
+    """Name -> linear that a MatMulInteger takes; empty for other kinds of weights."""
+    in_constants: frozenset[str] = frozenset()
+    """Tensors that the graph holds already, as constants."""
+
     def used_tensors(self) -> set[str]:
         """Return the names of all tensors that it is filled from."""
-        used = {tensor for source in self.weights.values() for tensor in source.tensors}
+        used = {tensor for source in self.weights.values() for tensor in source.tensors} | self.in_constants
+        used |= {f"{name}.weight" for name in self.integers}
         linears: list[PackedLinear | NBitsLinear] = [*self.packed.values(), *self.quantized.values()]
         for linear in linears:
             used |= {f"{part}.weight" for part in linear.parts}

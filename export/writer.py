@@ -14,15 +14,18 @@ from typing import Any, Literal
 import onnx
 
 from owl_deploy.artifact import ARTIFACT_FORMAT, MANIFEST, OnnxArtifact, open_artifact
+from owl_deploy.calibration import calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import UnsupportedModelError
+from owl_deploy.export.activation_quantization import plan_quantization
 from owl_deploy.export.artifact_shape import ArtifactShape
 from owl_deploy.export.cost_model import MachineClass
 from owl_deploy.export.decoder import Decoder, WeightSource, has_lean_graph, read_decoder
-from owl_deploy.export.deepsparse_graph import deepsparse_graph
+from owl_deploy.export.deepsparse_graph import deepsparse_graph, deepsparse_int8_graph
 from owl_deploy.export.families import FAMILIES
 from owl_deploy.export.genai import genai_config
 from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, TensorSource, write_initializers
+from owl_deploy.export.int8_initializers import write_int8_initializers
 from owl_deploy.export.lineage import check_zeros
 from owl_deploy.export.machine_class import this_machine_class
 from owl_deploy.export.nbits_initializers import write_nbits_initializers
@@ -160,7 +163,10 @@ def _write_model(
     """Write graph and weights, by the lean route where there is one, else through a trace."""
     if has_lean_graph(checkpoint):
         decoder = read_decoder(checkpoint, max_positions=settings.max_positions)
-        graph = _lean_graph(decoder, settings)
+        if settings.is_integer:
+            graph = _integer_graph(checkpoint, decoder, settings, on_step)
+        else:
+            graph = _lean_graph(decoder, settings)
         _refuse_unused_tensors(checkpoint, graph.used_tensors())
         return decoder.shape, _write_weights(graph, checkpoint, settings, folder, inline_limit, on_step)
     if settings.target != "onnxruntime":
@@ -201,6 +207,18 @@ def _lean_graph(decoder: Decoder, settings: ExportSettings) -> UnfilledGraph:
     return UnfilledGraph(*plain_graph(decoder, settings))
 
 
+def _integer_graph(
+    checkpoint: Checkpoint, decoder: Decoder, settings: ExportSettings, on_step: OnStep
+) -> UnfilledGraph:
+    """Run calibration text to learn the ranges of inputs, and write the graph of integer products."""
+    calibration = calibration_tokens(checkpoint, settings, seed=0, on_step=on_step)
+    plan = plan_quantization(open_skeleton(checkpoint), decoder, calibration.tokens, on_step)
+    model, weights, integers = deepsparse_int8_graph(decoder, plan)
+    parts = ("weight", "bias")[: 2 if decoder.norm == "layer" else 1]
+    norms = frozenset(f"{name}.{part}" for name in plan.norms for part in parts)
+    return UnfilledGraph(model, weights, integers=integers, in_constants=norms)
+
+
 def _write_weights(
     graph: UnfilledGraph,
     source: TensorSource,
@@ -221,6 +239,8 @@ def _write_weights(
             machine=machine_class(settings),
             on_step=on_step,
         )
+    if settings.is_integer:
+        return write_int8_initializers(graph.model, graph.weights, graph.integers, source, folder, on_step=on_step)
     if settings.is_nbits:
         return write_nbits_initializers(graph.model, graph.weights, graph.quantized, source, folder, on_step=on_step)
     return write_initializers(
@@ -250,6 +270,8 @@ def head_precision(settings: ExportSettings) -> Precision:
     """Return the number format of head and embedding."""
     if settings.head_precision != "auto":
         return settings.head_precision
+    if settings.is_integer:
+        return "fp32"
     # int4 rows are no tensor that Gather could read.
     return "int8" if settings.precision == "int4" else settings.precision
 
@@ -306,9 +328,9 @@ def _manifest(
     multiplied = [m for m in matrices if m.name not in shape.gathered]
     step_bytes = {
         "dense": sum(m.shape[0] * m.shape[1] for m in multiplied) * 4,
-        "nonzero": 4 * sum(m.n_nonzeros for m in multiplied),
+        "nonzero": sum((1 if m.encoding == "int8" else 4) * m.n_nonzeros for m in multiplied),
     }
-    if settings.weights == "sparse-operator" or settings.is_nbits:
+    if settings.weights == "sparse-operator" or settings.is_nbits or settings.is_integer:
         step_bytes["stored"] = sum(m.bytes for m in multiplied)  # the operator reads what lies in the file
     return {
         "kind": "artifact",

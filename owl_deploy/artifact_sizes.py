@@ -106,21 +106,37 @@ def _plain(
             is_sparse = settings.weights == "sparse-initializer"
             value_bytes = 2 if weights[name].is_half else 4
             dense = ("dense", value_bytes * size)
+            if settings.is_integer and _is_integer(decoder, weights[name]):
+                dense = ("int8", size + 4 * shape[1])
             found[name] = (
                 smallest_encoding(shape, n_nonzeros, varint_bytes, value_bytes=value_bytes) if is_sparse else dense
             )
         return found
 
     chosen = stored(allows_varint=settings.target == "onnxruntime")
-    inline = sum(n_bytes for encoding, n_bytes in chosen.values() if encoding != "dense")
+    inline = sum(n_bytes for encoding, n_bytes in chosen.values() if encoding not in ("dense", "int8"))
     reason = None
     if is_external := inline > INLINE_LIMIT:
         chosen, inline = stored(allows_varint=False), 0
         if settings.target == "deepsparse":
             reason = f"its sparse initializers do not fit inside model.onnx ({INLINE_LIMIT / 1e9:g} GB)"
     counts = Counter(encoding for name, (encoding, _) in chosen.items() if len(shapes[name]) == 2)
-    tensors = [(name, shapes[name], n) for name, (encoding, n) in chosen.items() if encoding == "dense" or is_external]
+    tensors = [
+        (name, shapes[name], n)
+        for name, (encoding, n) in chosen.items()
+        if encoding in ("dense", "int8") or is_external
+    ]
     return _file_bytes(graph, tensors) + inline, dict(counts), reason
+
+
+def _is_integer(decoder: Decoder, source: WeightSource) -> bool:
+    """Whether a weight is one that export stores as integers for DeepSparse: a linear, but not the last of an MLP."""
+    names = decoder.names
+    return (
+        source.is_transposed
+        and source.tensors[0].startswith(f"{names.blocks}.")
+        and not source.tensors[0].endswith(f"{names.mlp_output}.weight")
+    )
 
 
 def _exported_shape(checkpoint: Checkpoint, source: WeightSource) -> tuple[int, ...]:

@@ -300,7 +300,8 @@ class ExportSettings(Settings):
     precision: Precision = "fp32"
     """Number format of the stored values. With weights sparse-operator: fp32, fp16, int8 or int4 (which keeps queries,
     keys and values in int8). In onnxruntime besides, with weights dense: int8 and int4 by MatMulNBits in blocks of 32;
-    with weights dense or sparse-initializer: fp16, for a smaller file that runs as fp32."""
+    with weights dense or sparse-initializer: fp16, for a smaller file that runs as fp32. In deepsparse: fp32, or int8
+    with weights dense."""
     head_precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
     """The same for head and embedding: auto is the precision, int8 in int4 artifacts."""
     symmetric: bool = True
@@ -313,16 +314,32 @@ class ExportSettings(Settings):
     the embedding is always dense."""
     machine: Literal["auto", "x86-avx512-vbmi2", "x86-avx2", "arm-neon", "portable"] = "auto"
     """Machine class for which the cost model decides; auto is that of the machine that exports."""
+    calibration: str = "python-docs"
+    """Text on which int8 in target deepsparse learns the ranges of inputs: python-docs, generated, wikitext2, c4,
+    text:PATH, jsonl:PATH[:field] or hf:NAME."""
+    n_samples: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
+    """Its sequences."""
+    seq_len: Annotated[int, Field(ge=2, le=_LARGEST)] = 256
+    """Tokens in each."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin-of-sequence token in it: auto (as the model's own tokenizer), always, never."""
     max_positions: Annotated[int, Field(ge=16, le=_LARGEST)] = 4096
     """Longest context of the artifact in tokens (rows of its rotary tables), capped by the model's own."""
 
     @property
     def is_nbits(self) -> bool:
         """Whether products are ONNX Runtime's MatMulNBits."""
-        return self.weights == "dense" and self.precision in ("int8", "int4")
+        return self.target == "onnxruntime" and self.weights == "dense" and self.precision in ("int8", "int4")
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether products are of 8-bit integers in DeepSparse's form."""
+        return self.target == "deepsparse" and self.precision == "int8"
 
     @model_validator(mode="after")
     def _settings_fit(self) -> ExportSettings:
+        if not self.is_integer:
+            self._refuse("calibration", "n_samples", "seq_len", "bos", needed="target deepsparse of precision int8")
         if self.weights == "sparse-operator":
             if self.target != "onnxruntime":
                 raise ValueError(f"weights sparse-operator runs in target onnxruntime only, got target {self.target}")
@@ -333,13 +350,13 @@ class ExportSettings(Settings):
             self._refuse("symmetric", "accuracy_level", needed="weights dense of precision int8 or int4")
             return self
         self._refuse("encoding", "machine", needed="weights sparse-operator")
+        if self.is_integer and self.weights != "dense":
+            raise ValueError("precision int8 in target deepsparse needs weights dense: the engine drops zeros itself")
         if not self.is_nbits:
-            if self.precision != "fp16" or self.target != "onnxruntime":
+            if not self.is_integer and (self.precision != "fp16" or self.target != "onnxruntime"):
                 self._refuse("precision", needed="weights sparse-operator, or dense in target onnxruntime")
             self._refuse("head_precision", needed="weights sparse-operator, or dense in int8 or int4")
             self._refuse("symmetric", "accuracy_level", needed="weights dense of precision int8 or int4")
-        elif self.target != "onnxruntime":
-            raise ValueError(f"weights dense of precision {self.precision} needs target onnxruntime, got {self.target}")
         elif self.head_precision == "fp16":
             raise ValueError("head precision fp16 needs weights sparse-operator: choose fp32, int8 or int4")
         return self

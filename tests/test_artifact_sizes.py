@@ -53,13 +53,14 @@ def test_size_of_the_sparse_checkpoint_is_predicted_within_3_percent(pruned: tup
         {"weights": "sparse-initializer"},
         {"weights": "sparse-initializer", "precision": "fp16"},
         {"weights": "sparse-initializer", "target": "deepsparse"},
+        {"target": "deepsparse", "precision": "int8", "seq_len": 16},
         {"weights": "sparse-operator"},
         {"weights": "sparse-operator", "precision": "fp16"},
         {"weights": "sparse-operator", "precision": "int8"},
         {"weights": "sparse-operator", "precision": "int4"},
         {"weights": "sparse-operator", "precision": "int8", "encoding": "bitmask", "checkpoint": "dense"},
     ],
-    ids=lambda artifact: "-".join(artifact.values()),
+    ids=lambda artifact: "-".join(map(str, artifact.values())),
 )
 def test_size_of_an_artifact_is_predicted_within_3_percent(
     pruned: tuple[Path, Path], tmp_path: Path, artifact: dict[str, Any]

@@ -155,7 +155,6 @@ def test_quantised_embedding_of_broken_blocks_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "int8", "target": "deepsparse"}, "needs target onnxruntime, got deepsparse"),
         ({"precision": "int8", "head_precision": "fp16"}, "head precision fp16 needs weights sparse-operator"),
         ({"accuracy_level": 1}, "accuracy_level 1 needs weights dense of precision int8 or int4"),
         ({"weights": "sparse-operator", "symmetric": False}, "symmetric False needs weights dense"),
