@@ -8,6 +8,7 @@ One packed matrix and what it is made of are in memory at a time.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -29,6 +30,7 @@ from owl_deploy.export.initializers import (
 )
 from owl_deploy.export.packed_graph import PackedLinear
 from owl_deploy.export.packing import Encoding, PackedHeader, pack_matrix, packed_bytes
+from owl_deploy.export.quantization import Int4Matrix, Int8Matrix
 from owl_deploy.progress import OnStep, Step, silent
 
 __all__ = ["chosen_encoding", "write_packed_initializers"]
@@ -50,6 +52,7 @@ def write_packed_initializers(
     *,
     encoding: Encoding | Literal["auto"],
     machine: MachineClass,
+    rounded: Iterator[tuple[str, Int8Matrix | Int4Matrix]] = iter(()),
     on_step: OnStep = silent,
 ) -> list[StoredMatrix]:
     """Add every weight to `model`, write `model.onnx` and `model.onnx.data`.
@@ -65,6 +68,7 @@ def write_packed_initializers(
         folder: where the files go.
         encoding: of every matrix that is not gathered; auto asks the cost model about each.
         machine: machine class that the cost model is asked about.
+        rounded: names and values of int8 and int4 matrices, in the order of `packed`; others are rounded to nearest.
 
     Returns:
         One entry per matrix; vectors are not listed.
@@ -74,6 +78,7 @@ def write_packed_initializers(
     """
     n_steps = len(weights) + len(packed)
     stored: list[StoredMatrix] = []
+    upcoming = next(rounded, None)
     with (folder / DATA_FILE).open("wb") as data:
         for done, (name, source) in enumerate(weights.items(), start=1):
             array = read_weight(checkpoint, source)
@@ -84,11 +89,16 @@ def write_packed_initializers(
                 stored.append(StoredMatrix(name, shape, n_nonzeros, "dense", True, array.nbytes, array.nbytes))
             on_step(Step("writing weights", done, n_steps, "dense"))
         for done, linear in enumerate(packed.values(), start=len(weights) + 1):
-            matrix = _write_matrix(model, linear, checkpoint, data, encoding=encoding, machine=machine)
+            quantized = None
+            if upcoming is not None and upcoming[0] == linear.name:
+                quantized, upcoming = upcoming[1], next(rounded, None)
+            matrix = _write_matrix(model, linear, checkpoint, data, quantized, encoding=encoding, machine=machine)
             stored.append(matrix)
             on_step(Step("writing weights", done, n_steps, f"{matrix.encoding} {matrix.precision}"))
         data.flush()
         os.fsync(data.fileno())
+    if upcoming is not None:
+        raise ValueError(f"rounded values of {upcoming[0]} came out of turn, or the graph has no such matrix")
     onnx.save_model(model, folder / "model.onnx")
     return stored
 
@@ -114,6 +124,7 @@ def _write_matrix(
     linear: PackedLinear,
     checkpoint: TensorSource,
     data: BinaryIO,
+    quantized: Int8Matrix | Int4Matrix | None,
     *,
     encoding: Encoding | Literal["auto"],
     machine: MachineClass,
@@ -125,7 +136,7 @@ def _write_matrix(
     # Scales of groups would lie between the rows that Gather reads.
     group = 0 if linear.is_gathered else None
     try:
-        packed = pack_matrix(weight, precision=linear.precision, encoding=chosen, group=group)
+        packed = pack_matrix(weight, precision=linear.precision, encoding=chosen, group=group, quantized=quantized)
     except (OwlDeployError, ValueError) as error:
         raise OwlDeployError(f"{linear.name}: {error}") from error
     del weight

@@ -108,7 +108,12 @@ def default_group(precision: Precision) -> int:
 
 
 def pack_matrix(
-    weight: NDArray[np.float32], *, precision: Precision, encoding: Encoding, group: int | None = None
+    weight: NDArray[np.float32],
+    *,
+    precision: Precision,
+    encoding: Encoding,
+    group: int | None = None,
+    quantized: Int8Matrix | Int4Matrix | None = None,
 ) -> NDArray[np.uint8]:
     """Return a matrix in its packed form.
 
@@ -118,6 +123,7 @@ def pack_matrix(
         precision: value type; int8 and int4 are quantised here, see `quantization`.
         encoding: how the columns of stored values are told.
         group: columns that share a scale in int8 and int4; 0: only rows have one; None: `default_group`.
+        quantized: the values of int8 and int4, where they are more than `weight` rounded to nearest.
 
     Raises:
         OwlDeployError: a weight is not finite or too large for the value type, or the matrix is.
@@ -129,10 +135,9 @@ def pack_matrix(
     _check_layout((n_rows, n_columns), precision, encoding, group)
     _check_range(weight, precision)
 
-    quantized: Int8Matrix | Int4Matrix | None = None
-    if precision == "int8":
+    if quantized is None and precision == "int8":
         quantized = quantize_int8(weight, group)
-    elif precision == "int4":
+    elif quantized is None and precision == "int4":
         quantized = quantize_int4(weight, group, stores_zeros=encoding == "dense")
     group_scales = None if quantized is None else quantized.group_scales
 

@@ -10,7 +10,7 @@ columns that pruning spared count more, see `_column_importances`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +46,22 @@ class Int8Matrix:
     group: int
     """Columns that share a group scale; 0: all of a row."""
 
+    @property
+    def levels(self) -> NDArray[np.float32]:
+        """What a weight over its scale may be, (255,), ascending."""
+        return np.arange(-_LARGEST, _LARGEST + 1, dtype=np.float32)
+
+    def column_scales(self) -> NDArray[np.float32]:
+        """Return the scale of every weight, (N, K), or (N, 1) without groups."""
+        return _by_column(_scales(self.row_scales, self.group_scales), self.group, self.values.shape[1])
+
+    def with_levels(self, positions: NDArray[np.uint8]) -> Int8Matrix:
+        """Return the matrix with other values: positions (N, K) in `levels`."""
+        return replace(self, values=(positions.astype(np.int16) - _LARGEST).astype(np.int8))
+
     def dequantized(self) -> NDArray[np.float32]:
         """Return the weights that a reader computes, (N, K)."""
-        scales = _scales(self.row_scales, self.group_scales)
-        return _by_column(scales, self.group, self.values.shape[1]) * self.values.astype(np.float32)
+        return self.column_scales() * self.values.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -69,10 +81,22 @@ class Int4Matrix:
     mask: NDArray[np.bool_] | None
     """(N, K), True where a weight is stored; None where all are."""
 
+    @property
+    def levels(self) -> NDArray[np.float32]:
+        """What a weight over its scale may be, (16,), ascending."""
+        return self.codebook.astype(np.float32)
+
+    def column_scales(self) -> NDArray[np.float32]:
+        """Return the scale of every weight, (N, K), or (N, 1) without groups."""
+        return _by_column(_scales(self.row_scales, self.group_scales), self.group, self.codes.shape[1])
+
+    def with_levels(self, positions: NDArray[np.uint8]) -> Int4Matrix:
+        """Return the matrix with other values: positions (N, K) in `levels`."""
+        return replace(self, codes=positions)
+
     def dequantized(self) -> NDArray[np.float32]:
         """Return the weights that a reader computes, (N, K)."""
-        scales = _scales(self.row_scales, self.group_scales)
-        weight = _by_column(scales, self.group, self.codes.shape[1]) * self.codebook.astype(np.float32)[self.codes]
+        weight = self.column_scales() * self.levels[self.codes]
         if self.mask is not None:
             weight[~self.mask] = 0
         return weight

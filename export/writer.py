@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.errors import UnsupportedModelError
 from owl_deploy.export.activation_quantization import plan_quantization
 from owl_deploy.export.artifact_shape import ArtifactShape
+from owl_deploy.export.compensated_rounding import rounded_blocks
 from owl_deploy.export.cost_model import MachineClass
 from owl_deploy.export.decoder import Decoder, WeightSource, has_lean_graph, read_decoder
 from owl_deploy.export.deepsparse_graph import deepsparse_graph, deepsparse_int8_graph
@@ -30,8 +33,9 @@ from owl_deploy.export.lineage import check_zeros
 from owl_deploy.export.machine_class import this_machine_class
 from owl_deploy.export.nbits_initializers import write_nbits_initializers
 from owl_deploy.export.onnxruntime_graph import nbits_graph, onnxruntime_graph, sparse_operator_graph
-from owl_deploy.export.packed_initializers import write_packed_initializers
+from owl_deploy.export.packed_initializers import chosen_encoding, write_packed_initializers
 from owl_deploy.export.parity import check_parity
+from owl_deploy.export.quantization import Int4Matrix, Int8Matrix
 from owl_deploy.export.traced_graph import traced_graph
 from owl_deploy.export.unfilled_graph import UnfilledGraph
 from owl_deploy.files import file_sha256, folder_bytes, new_folder, write_json
@@ -168,11 +172,17 @@ def _write_model(
         else:
             graph = _lean_graph(decoder, settings)
         _refuse_unused_tensors(checkpoint, graph.used_tensors())
-        return decoder.shape, _write_weights(graph, checkpoint, settings, folder, inline_limit, on_step)
+        rounded = _rounded(checkpoint, graph, settings, on_step) if settings.rounding == "gptq" else iter(())
+        return decoder.shape, _write_weights(graph, checkpoint, settings, folder, inline_limit, on_step, rounded)
     if settings.target != "onnxruntime":
         raise UnsupportedModelError(
             f"no graph for model type {checkpoint.config.get('model_type')!r} in target {settings.target}: "
             f"export takes {', '.join(FAMILIES)}"
+        )
+    if settings.rounding == "gptq":
+        raise UnsupportedModelError(
+            f"rounding gptq is for {', '.join(FAMILIES)}, got model type {checkpoint.config.get('model_type')!r}: "
+            "use rounding nearest"
         )
     on_step(Step("tracing the model", 0, 1, "by optimum"))
     with traced_graph(
@@ -219,6 +229,15 @@ def _integer_graph(
     return UnfilledGraph(model, weights, integers=integers, in_constants=norms)
 
 
+def _rounded(
+    checkpoint: Checkpoint, graph: UnfilledGraph, settings: ExportSettings, on_step: OnStep
+) -> Iterator[tuple[str, Int8Matrix | Int4Matrix]]:
+    """Run calibration text block by block, and round what is packed so that products keep their values."""
+    calibration = calibration_tokens(checkpoint, settings, seed=0, on_step=on_step)
+    choose = partial(chosen_encoding, encoding=settings.encoding, machine=machine_class(settings))
+    return rounded_blocks(open_skeleton(checkpoint), graph.packed, calibration.tokens, choose)
+
+
 def _write_weights(
     graph: UnfilledGraph,
     source: TensorSource,
@@ -226,6 +245,7 @@ def _write_weights(
     folder: Path,
     inline_limit: int,
     on_step: OnStep,
+    rounded: Iterator[tuple[str, Int8Matrix | Int4Matrix]] = iter(()),
 ) -> list[StoredMatrix]:
     """Fill a graph and write it."""
     if settings.weights == "sparse-operator":
@@ -237,6 +257,7 @@ def _write_weights(
             folder,
             encoding=settings.encoding,
             machine=machine_class(settings),
+            rounded=rounded,
             on_step=on_step,
         )
     if settings.is_integer:

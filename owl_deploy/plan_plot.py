@@ -5,47 +5,21 @@ In: the facts of a plan. Out: the bytes of an SVG, the same for the same facts. 
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-from xml.sax.saxutils import escape
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from owl_deploy.plan_tables import figure_names
+from owl_deploy.svg import COLOURS, DASHES, INK, new_figure, svg_bytes
 
 __all__ = ["plan_svg"]
-
-# On white, each with a contrast of 3:1 or more; dashes and order tell them apart without colour.
-_COLOURS = ("#2f78d0", "#c8602a", "#23906a", "#a95bc6", "#c4485f", "#8a7a1f", "#2a8a9c", "#5d6470")
-_GREY, _INK = "#8a9099", "#24292f"
-_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2, 1, 2)))
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "owl-deploy",  # ids of clip paths would be random
-    "svg.fonttype": "none",  # text stays text: a third of the size, and it can be read out and searched
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _GREY,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-}
 
 
 def plan_svg(facts: Mapping[str, Any]) -> bytes:
     """Draw a plan.
-
-    The background is white, not transparent: text then has its full contrast in a dark page too.
 
     Args:
         facts: content of plan.json.
@@ -54,9 +28,7 @@ def plan_svg(facts: Mapping[str, Any]) -> bytes:
     allocation = "file" if settings["allocation"].startswith("file:") else settings["allocation"]
     title = f"Sparsity by block: {settings['method']}, {allocation}, {facts['sparsity']['target']:.0%}"
     figures = figure_names(facts["blocks"])
-    with mpl.rc_context(_STYLE):
-        drawn = Figure(figsize=(9, 5.4 if figures else 3.6), layout="constrained", facecolor="white")
-        FigureCanvasSVG(drawn)
+    with new_figure(9, 5.4 if figures else 3.6) as drawn:
         ratios = [2, 1] if figures else [1]
         axes = drawn.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
         _draw_sparsities(axes[0], facts)
@@ -66,9 +38,7 @@ def plan_svg(facts: Mapping[str, Any]) -> bytes:
         axes[-1].set_xlabel("decoder block")
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
         axes[-1].set_xlim(-0.7, len(facts["blocks"]) - 0.3)
-        buffer = io.BytesIO()
-        drawn.savefig(buffer, format="svg", metadata={"Title": title, "Date": None, "Creator": None})
-    return _described(buffer.getvalue().decode(), title, _description(facts, figures)).encode()
+        return svg_bytes(drawn, title, _description(facts, figures))
 
 
 def _draw_sparsities(axes: Axes, facts: Mapping[str, Any]) -> None:
@@ -77,7 +47,7 @@ def _draw_sparsities(axes: Axes, facts: Mapping[str, Any]) -> None:
     by_kind = _by_kind(facts["linears"]) if any("lowest" in block for block in blocks) else {}
     if facts["range"] is not None:
         low, high = facts["range"]["lowest"], facts["range"]["highest"]
-        axes.bar(indices, [high - low] * len(blocks), 0.8, bottom=low, color=_COLOURS[0], alpha=0.35)
+        axes.bar(indices, [high - low] * len(blocks), 0.8, bottom=low, color=COLOURS[0], alpha=0.35)
         words = "what the rule allows; which of it, weights decide"
         axes.text(0.5, low / 2, words, ha="center", transform=axes.get_yaxis_transform())
         shown = [low, high]
@@ -87,16 +57,16 @@ def _draw_sparsities(axes: Axes, facts: Mapping[str, Any]) -> None:
                 list(values),
                 list(values.values()),
                 label=kind,
-                color=_COLOURS[place % len(_COLOURS)],
-                linestyle=_DASHES[place % len(_DASHES)],
+                color=COLOURS[place % len(COLOURS)],
+                linestyle=DASHES[place % len(DASHES)],
                 marker="o",
                 markersize=3,
             )
         shown = [value for values in by_kind.values() for value in values.values()]
     else:
-        axes.bar(indices, [block["sparsity"] for block in blocks], 0.8, color=_COLOURS[0])
+        axes.bar(indices, [block["sparsity"] for block in blocks], 0.8, color=COLOURS[0])
         shown = [block["sparsity"] for block in blocks]
-    axes.axhline(target, color=_INK, linewidth=1.2, linestyle=(0, (6, 3)), label=f"target {target:g}")
+    axes.axhline(target, color=INK, linewidth=1.2, linestyle=(0, (6, 3)), label=f"target {target:g}")
     axes.set_ylabel("sparsity asked")
     # From zero: a bar is as long as its value. Lines have no length, and differences show better close up.
     low = max(0.0, math.floor(10 * (min(shown) - 0.05)) / 10) if by_kind else 0.0
@@ -109,7 +79,7 @@ def _draw_sparsities(axes: Axes, facts: Mapping[str, Any]) -> None:
 
 
 def _draw_figure(axes: Axes, blocks: Sequence[Mapping[str, Any]], name: str) -> None:
-    axes.bar([block["index"] for block in blocks], [block[name] for block in blocks], 0.8, color=_COLOURS[1])
+    axes.bar([block["index"] for block in blocks], [block[name] for block in blocks], 0.8, color=COLOURS[1])
     axes.set_ylabel(name.replace("_", " "))
     axes.ticklabel_format(axis="y", scilimits=(-3, 4))
 
@@ -148,12 +118,3 @@ def _description(facts: Mapping[str, Any], figures: Sequence[str]) -> str:
         found = [block[figures[0]] for block in facts["blocks"]]
         words += f" Below, the {figures[0].replace('_', ' ')} of each block, {min(found):.4g} to {max(found):.4g}."
     return words
-
-
-def _described(svg: str, title: str, description: str) -> str:
-    """Add what readers of the screen say, which they look for at the start of the picture."""
-    heading = f"<title>{escape(title)}</title>"
-    start = svg.index(heading)
-    words = f'<title id="title">{escape(title)}</title>\n <desc id="desc">{escape(description)}</desc>'
-    svg = svg[:start] + words + svg[start + len(heading) :]
-    return svg.replace("<svg ", '<svg role="img" aria-labelledby="title desc" ', 1)

@@ -314,9 +314,12 @@ class ExportSettings(Settings):
     the embedding is always dense."""
     machine: Literal["auto", "x86-avx512-vbmi2", "x86-avx2", "arm-neon", "portable"] = "auto"
     """Machine class for which the cost model decides; auto is that of the machine that exports."""
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    """How int8 and int4 values of weights sparse-operator are found: each weight rounded to nearest, or one column
+    after the other on calibration text, the kept weights still to come making up for the error (GPTQ)."""
     calibration: str = "python-docs"
-    """Text on which int8 in target deepsparse learns the ranges of inputs: python-docs, generated, wikitext2, c4,
-    text:PATH, jsonl:PATH[:field] or hf:NAME."""
+    """Text on which int8 in target deepsparse learns the ranges of inputs, and rounding gptq the inputs themselves:
+    python-docs, generated, wikitext2, c4, text:PATH, jsonl:PATH[:field] or hf:NAME."""
     n_samples: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
     """Its sequences."""
     seq_len: Annotated[int, Field(ge=2, le=_LARGEST)] = 256
@@ -338,8 +341,11 @@ class ExportSettings(Settings):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> ExportSettings:
-        if not self.is_integer:
-            self._refuse("calibration", "n_samples", "seq_len", "bos", needed="target deepsparse of precision int8")
+        if not self.is_integer and self.rounding == "nearest":
+            needed = "rounding gptq, or target deepsparse of precision int8"
+            self._refuse("calibration", "n_samples", "seq_len", "bos", needed=needed)
+        if self.weights != "sparse-operator" or self.precision not in ("int8", "int4"):
+            self._refuse("rounding", needed="weights sparse-operator of precision int8 or int4")
         if self.weights == "sparse-operator":
             if self.target != "onnxruntime":
                 raise ValueError(f"weights sparse-operator runs in target onnxruntime only, got target {self.target}")

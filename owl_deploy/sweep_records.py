@@ -1,8 +1,8 @@
 """What a sweep keeps on disk: one JSON file per cell, and the results made of them.
 
 In: a recipe with a `sweep` key, a folder. Out: which cells are finished, with the same settings, model, texts and
-versions; results.json, results.md, results.csv. Records hold no path of this machine, so that they can be published.
-Nothing is pruned or measured here.
+versions; results.json, and the same as a table (results.md), a spreadsheet (results.csv) and a picture (results.svg).
+Records hold no path of this machine, so that they can be published. Nothing is pruned or measured here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from owl_deploy.pruning import prune_versions
 from owl_deploy.published import file_hashes, public_settings, public_source, without_folders
 from owl_deploy.recipe import EvalSettings, PruneSettings, Recipe
 from owl_deploy.sweep_grid import Cell, sweep_cells, sweep_settings
+from owl_deploy.sweep_plot import sweep_svg
 from owl_deploy.sweep_tables import FIGURES, as_csv, as_markdown
 from owl_deploy.text import Encoder
 from owl_deploy.versions import commit
@@ -122,12 +123,13 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def write_results(records: SweepRecords, command: str) -> dict[str, Any]:
-    """Write the three forms of the results, and return the content of results.json."""
+    """Write the four forms of the results, and return the content of results.json."""
     document = _document(records, command)
     out = records.folder.parent
     write_json(out / "results.json", document)
     write_bytes(out / "results.md", as_markdown(document).encode())
     write_bytes(out / "results.csv", as_csv(document).encode())
+    write_bytes(out / "results.svg", sweep_svg(document))
     return document
 
 

@@ -262,10 +262,14 @@ def test_genai_generates_the_tokens_of_transformers(weights: str, pruned_model: 
     copy = Path(shutil.copytree(artifact.path, tmp_path / "copy"))
     shutil.rmtree(artifact.path)
     (copy / "owl.json").unlink()
-    prompt = byte_tokenizer()("An owl hunts")["input_ids"]
-    tokens = greedy_tokens(copy, prompt, 40)
-    assert len(tokens) > len(prompt) + 5
-    assert tokens == torch_greedy_tokens(pruned_model, prompt, 40)
+    words = ["An", "owl", "hunts", "at", "night", "when", "mice", "come", "out"]
+    prompts = [byte_tokenizer()(" ".join(words[i:] + words[:i]))["input_ids"] for i in range(len(words))]
+    prompts.append(prompts[0][:1])
+    assert len(prompts) == 10
+    for prompt in prompts:
+        tokens = greedy_tokens(copy, prompt, 64)
+        assert len(tokens) > len(prompt) + 5
+        assert tokens == torch_greedy_tokens(pruned_model, prompt, 64)
 
 
 def test_genai_reads_the_tokenizer(tiny_model: Path, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_every_cell_has_a_row_and_its_checkpoint_is_gone(finished: tuple[Path, C
     assert [row["name"] for row in done.document["rows"]] == NAMES
     assert {row["status"] for row in done.document["rows"]} == {"ok"}
     files = {f"cells/{name}.json" for name in [*NAMES, "dense"]}
-    assert tree(out) == {"cells", "results.csv", "results.json", "results.md", *files}
+    assert tree(out) == {"cells", "results.csv", "results.json", "results.md", "results.svg", *files}
 
 
 @pytest.mark.parametrize("name", ["wanda-owl-0.7", "wanda-uniform-pattern-keep-2-of-4-0.5"])
