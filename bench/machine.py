@@ -12,7 +12,11 @@ import psutil
 
 from owl_deploy.threads import ThreadCount
 
-__all__ = ["MachineWatch", "machine_facts"]
+__all__ = ["IDLE_LOAD", "LITTLE_STEAL", "MachineWatch", "machine_facts"]
+
+# Above these a measurement is said to be disturbed: load average before it, share of the CPU time stolen meanwhile.
+IDLE_LOAD = 0.5
+LITTLE_STEAL = 0.01
 
 # Vector extensions that decide how fast a matrix kernel can be; the others are noise in a report.
 _ISA = (

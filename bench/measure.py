@@ -1,9 +1,9 @@
 """The bench stage: artifacts go in, raw nanoseconds and the rows of a report come out.
 
-In: artifacts, a baseline among them, `BenchSettings`. Out: the result document that
-`owl_deploy.bench.report` writes. Every artifact runs in a fresh child process per workload, all of
-a workload in turn (A-B-A-B), so that drift of the machine meets all alike. Nothing is pruned or
-exported here.
+In: artifacts, a baseline among them, `BenchSettings`, which may name peers: other engines. Out: the
+result document that `owl_deploy.bench.report` writes. Every artifact and every peer runs in a fresh
+child process per workload, all of a workload in turn (A-B-A-B), so that drift of the machine meets
+all alike. Nothing is pruned or exported here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from owl_deploy.bench.bandwidth import memory_bandwidth
 from owl_deploy.bench.machine import MachineWatch, machine_facts
 from owl_deploy.bench.statistics import speedup_interval, summary_ms
 from owl_deploy.engines.bridge import LICENCE_NOTICE
+from owl_deploy.engines.peer import Peer
 from owl_deploy.engines.process import EngineProcess, open_engine
-from owl_deploy.errors import EngineUnavailableError, OwlDeployError, RecipeError
+from owl_deploy.errors import EngineUnavailableError, OwlDeployError, RecipeError, UnsupportedModelError
 from owl_deploy.evaluation import Evaluation, evaluate
 from owl_deploy.files import file_sha256
 from owl_deploy.memory import available_bytes
 from owl_deploy.progress import OnStep, Step, silent
-from owl_deploy.recipe import BenchSettings, EvalSettings
+from owl_deploy.recipe import BenchSettings, EvalSettings, PeerSettings
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import commit, versions
 
@@ -53,11 +54,13 @@ _STABLE = 0.05
 # (SmolLM2 decode in int8: 20, 13 and 15 ms, then 5.4 ms from the fourth call on).
 _COLD_SHARE = 0.25
 _MAX_WARMUPS = 8
+# Whose limits of parity hold for a peer's precision.
+_PARITY_CLASS = {"bf16": "int8", "q8_0": "int8", "q4_0": "int4", "int8": "int8", "int4": "int4"}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing that every artifact is timed at, batch 1."""
+    """One thing that every artifact and peer is timed at, batch 1."""
 
     phase: Literal["decode", "prefill"]
     n_tokens: int
@@ -82,9 +85,9 @@ def workloads(settings: BenchSettings) -> list[Workload]:
 
 @dataclass
 class _Case:
-    """One artifact at one workload, while it is measured."""
+    """One artifact or peer at one workload, while it is measured."""
 
-    artifact: OnnxArtifact
+    artifact: OnnxArtifact | Peer
     engine: EngineProcess | None = None
     rounds: list[list[int]] = field(default_factory=list)
     load_ms: float | None = None
@@ -93,7 +96,7 @@ class _Case:
     """Why the engine failed, if it did."""
 
     def fail(self, error: OwlDeployError) -> None:
-        """Remember a failure; the other artifacts go on."""
+        """Remember a failure; the others go on."""
         self.reason, self.engine = str(error), None
 
 
@@ -114,10 +117,10 @@ def measure_artifacts(
 
     Args:
         artifacts: folders; their names must differ.
-        settings: context depths, prompt lengths, rounds.
+        settings: context depths, prompt lengths, rounds, peers.
         baseline: name or path of the artifact that the others are compared with.
         evaluation: text on which the perplexity of every artifact is taken.
-        reference: model that KL divergence is taken against; none when not given.
+        reference: model that KL divergence is taken against, and that peers run; none when not given.
         threads: of every engine.
         seed: of the tokens that are run and of the bootstrap.
         recipe: kept in the result, where a recipe asked for this.
@@ -128,22 +131,26 @@ def measure_artifacts(
         The result document (`report.json`).
 
     Raises:
-        RecipeError: the baseline is not among the artifacts, or two share a name.
+        RecipeError: the baseline is not among the artifacts, or two artifacts or peers share a name.
         UnsupportedModelError: a folder is not an artifact, or too short for a workload.
     """
     opened = [open_artifact(path) for path in artifacts]
-    baseline_name = _baseline_name(opened, baseline)
+    baseline_name = _baseline_name(opened, baseline, settings.peer)
     plan = workloads(settings)
     _check_lengths(opened, plan)
     count = resolve_threads(threads)
     watch = MachineWatch.start(load_before)
-    qualities = _qualities(opened, evaluation, reference, count.n, on_step)
+    peers, missing = _peers(settings.peer, opened, reference, count.n, on_step)
+    _check_lengths(peers, plan)
+    measured: list[OnnxArtifact | Peer] = [*opened, *peers]
+    qualities = _qualities(measured, evaluation, reference, count.n, on_step)
     bandwidth = memory_bandwidth(count.n)
     rows: list[dict[str, Any]] = []
     for workload in plan:
-        cases = [_Case(artifact) for artifact in opened]
+        cases = [_Case(artifact) for artifact in measured]
         _measure_workload(cases, workload, settings, count.n, seed, on_step)
         rows += _rows(cases, workload, baseline_name, qualities, count.n, bandwidth, seed)
+        rows += [_missing_row(peer, reason, workload, count.n) for peer, reason in missing]
     return {
         "format_version": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -167,24 +174,48 @@ def measure_artifacts(
         },
         "baseline": baseline_name,
         "artifacts": {artifact.name: file_sha256(artifact.path / "owl.json") for artifact in opened},
+        "peers": {peer.name: peer.facts.model_dump(mode="json") for peer in peers},
         "rows": rows,
         "profiles": [profile for artifact in opened if (profile := _profile(artifact)) is not None],
     }
 
 
-def _baseline_name(artifacts: list[OnnxArtifact], baseline: str) -> str:
+def _baseline_name(artifacts: list[OnnxArtifact], baseline: str, peers: Sequence[PeerSettings]) -> str:
     """Return the name of the baseline artifact, which the user gave by name or by path."""
     names = [artifact.name for artifact in artifacts]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RecipeError(f"two artifacts are named {twice[0]}: rows are told apart by name, so rename a folder")
+    taken = list(names)
+    for peer in peers:
+        if peer.name in taken:
+            raise RecipeError(f"a peer is named {peer.name} as another row is: rows are told apart by name")
+        taken.append(peer.name)
     for artifact in artifacts:
         if baseline == artifact.name or Path(baseline).resolve() == artifact.path.resolve():
             return artifact.name
     raise RecipeError(f"baseline {baseline} is not among the artifacts: {', '.join(names)}")
 
 
-def _check_lengths(artifacts: list[OnnxArtifact], plan: list[Workload]) -> None:
+def _peers(
+    wanted: Sequence[PeerSettings], artifacts: list[OnnxArtifact], model: str | None, threads: int, on_step: OnStep
+) -> tuple[list[Peer], list[tuple[PeerSettings, str]]]:
+    """Return the peers that are here, and those that are not with the reason why."""
+    peers: list[Peer] = []
+    missing: list[tuple[PeerSettings, str]] = []
+    if not wanted:
+        return peers, missing
+    from owl_deploy.engines.peers import prepared_peer  # reads checkpoints, which an image without torch cannot
+
+    for settings in wanted:
+        try:
+            peers.append(prepared_peer(settings, model=model, artifacts=artifacts, threads=threads, on_step=on_step))
+        except (EngineUnavailableError, UnsupportedModelError) as error:
+            missing.append((settings, str(error)))
+    return peers, missing
+
+
+def _check_lengths(artifacts: Sequence[OnnxArtifact | Peer], plan: list[Workload]) -> None:
     longest = max(workload.past_len + workload.n_tokens for workload in plan)
     for artifact in artifacts:
         if longest > artifact.facts.max_positions:
@@ -196,11 +227,15 @@ def _check_lengths(artifacts: list[OnnxArtifact], plan: list[Workload]) -> None:
 
 
 def _qualities(
-    artifacts: list[OnnxArtifact], settings: EvalSettings, reference: str | None, threads: int, on_step: OnStep
+    artifacts: Sequence[OnnxArtifact | Peer],
+    settings: EvalSettings,
+    reference: str | None,
+    threads: int,
+    on_step: OnStep,
 ) -> dict[str, Evaluation | None]:
     """Return the evaluation of each artifact by name; None where its engine cannot run it (its rows then say why)."""
 
-    def together(chosen: list[OnnxArtifact]) -> dict[str, Evaluation | None]:
+    def together(chosen: Sequence[OnnxArtifact | Peer]) -> dict[str, Evaluation | None]:
         paths = [str(artifact.path) for artifact in chosen]
         found = evaluate(paths, settings, reference=reference, threads=threads, on_step=on_step)
         return {artifact.name: evaluation for artifact, evaluation in zip(chosen, found, strict=True)}
@@ -221,7 +256,7 @@ def _measure_workload(
     cases: list[_Case], workload: Workload, settings: BenchSettings, threads: int, seed: int, on_step: OnStep
 ) -> None:
     """Fill the cases with raw nanoseconds: open all engines, warm up, then time them in turn."""
-    needed = sum(2 * case.artifact.manifest["bytes_dense"] for case in cases)
+    needed = sum(2 * case.artifact.facts.bytes_dense for case in cases)
     if needed > available_bytes():
         raise OwlDeployError(
             f"{len(cases)} artifacts side by side may need {needed / 2**30:.1f} GiB and "
@@ -254,7 +289,7 @@ def _measure_workload(
                 on_step(Step(workload.title, len(cases) * (number + 1) + position, total, case.artifact.name))
 
 
-def _tokens(artifact: OnnxArtifact, workload: Workload, seed: int) -> NDArray[np.int64]:
+def _tokens(artifact: OnnxArtifact | Peer, workload: Workload, seed: int) -> NDArray[np.int64]:
     """Return random tokens; which ones does not change the work."""
     return np.random.default_rng(seed).integers(artifact.facts.vocab_size, size=workload.n_tokens, dtype=np.int64)
 
@@ -333,15 +368,67 @@ def _rows(
                 "kl_divergence": quality.kl_divergence if quality else None,
                 "top1_agreement": quality.top1_agreement if quality else None,
                 "evaluation": quality.to_json() if quality else None,
-                "parity": artifact.manifest.get("parity"),
+                "parity": _peer_parity(artifact, quality)
+                if isinstance(artifact, Peer)
+                else artifact.manifest.get("parity"),
                 "samples_ns": case.rounds,
-                "notes": [LICENCE_NOTICE] if facts.target == "deepsparse" else [],
+                "notes": _notes(artifact),
             }
         )
     return rows
 
 
-def _bytes_per_step(artifact: OnnxArtifact, workload: Workload) -> int | None:
+def _missing_row(peer: PeerSettings, reason: str, workload: Workload, threads: int) -> dict[str, Any]:
+    """Return the row of a peer that cannot be measured."""
+    unknown = ("ms", "tokens_per_s", "speedup", "bytes_per_step", "ceiling_fraction", "peak_rss_bytes", "load_ms")
+    unmeasured = ("perplexity", "kl_divergence", "top1_agreement", "evaluation", "parity")
+    return {
+        "engine": peer.engine,
+        "artifact": peer.name,
+        "weights": "dense",
+        "precision": peer.precision or "as exported",
+        "sparsity": 0.0,
+        "phase": workload.phase,
+        "batch": 1,
+        "threads": threads,
+        "prompt_len": workload.n_tokens if workload.phase == "prefill" else 0,
+        "past_len": workload.past_len,
+        "status": "failed",
+        "reason": reason,
+        "is_baseline": False,
+        "samples_ns": [],
+        "notes": [],
+        **dict.fromkeys((*unknown, *unmeasured)),
+    }
+
+
+def _peer_parity(peer: Peer, quality: Evaluation | None) -> dict[str, Any] | None:
+    """Return whether a peer computes what its model does, judged on the evaluated text; None where that is unknown.
+
+    What runs an artifact has the artifact's, whose reference is its own checkpoint. Even of float32 weights no more is
+    asked than of float16 ones: llama.cpp keeps keys and values in float16.
+    """
+    if peer.facts.parity is not None:
+        return peer.facts.parity
+    if quality is None or quality.kl_divergence is None or quality.top1_agreement is None:
+        return None
+    from owl_deploy.export.parity import DIVERGENCE_LIMITS
+
+    limit = DIVERGENCE_LIMITS[_PARITY_CLASS.get(peer.facts.precision, "fp16")]
+    return {
+        "passed": quality.kl_divergence <= limit.kl_divergence and quality.top1_agreement >= limit.top1_agreement,
+        "kl_divergence": quality.kl_divergence,
+        "top1_agreement": quality.top1_agreement,
+    }
+
+
+def _notes(artifact: OnnxArtifact | Peer) -> list[str]:
+    if isinstance(artifact, Peer):
+        return list(artifact.facts.notes)
+    return [LICENCE_NOTICE] if artifact.facts.target == "deepsparse" else []
+
+
+def _bytes_per_step(artifact: OnnxArtifact | Peer, workload: Workload) -> int | None:
     """Return the bytes that a decode step must read; None for prefill, which computation bounds."""
     if workload.phase != "decode":
         return None

@@ -51,7 +51,7 @@ from owl_deploy.bench.verdict import cautions, findings, verdict
 from owl_deploy.engines.bridge import LICENCE_NOTICE
 from owl_deploy.files import new_folder, write_json
 
-__all__ = ["html_page", "markdown", "terminal_table", "write_report"]
+__all__ = ["html_page", "machine_lines", "markdown", "terminal_table", "write_report"]
 
 Facts: TypeAlias = list[tuple[str, str]]
 
@@ -172,7 +172,8 @@ def _shows_nothing(row: Row) -> bool:
 # The facts around the figures.
 
 
-def _machine_facts(machine: dict[str, Any]) -> Facts:
+def machine_lines(machine: dict[str, Any]) -> Facts:
+    """Return the facts of a machine as pairs of a term and its value, in words."""
     caches = ", ".join(f"{printable(name)} {_binary_bytes(size)}" for name, size in machine["caches"].items())
     bandwidth = machine.get("memory_bandwidth_bytes_per_s")
     return [
@@ -248,7 +249,7 @@ def markdown(result: Result) -> str:
         *_markdown_list("What weakens these figures", cautions(result)),
         HOW_TO_READ,
         *[part for workload in workloads_of(result) for part in _markdown_workload(workload)],
-        *_markdown_facts("Machine", _machine_facts(result["machine"])),
+        *_markdown_facts("Machine", machine_lines(result["machine"])),
         *_markdown_facts("Protocol", _protocol_facts(result)),
         *_markdown_facts("Definitions", DEFINITIONS),
         *_markdown_list("Notes", _notes(result)),
@@ -362,7 +363,7 @@ def html_page(result: Result) -> str:
         tables=[_html_table(workload) for workload in workloads_of(result)],
         fact_lists=[
             ("Protocol", _protocol_facts(result)),
-            ("Machine", _machine_facts(result["machine"])),
+            ("Machine", machine_lines(result["machine"])),
             ("Origin", _origin_facts(result)),
             ("Definitions", DEFINITIONS),
         ],

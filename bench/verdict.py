@@ -13,9 +13,10 @@ from owl_deploy.bench.comparison import (
     void_reason,
     workloads_of,
 )
+from owl_deploy.bench.machine import IDLE_LOAD, LITTLE_STEAL
 from owl_deploy.bench.plots import Row, is_sparse, number, percent, series_name
 
-__all__ = ["cautions", "findings", "verdict"]
+__all__ = ["cautions", "findings", "noise_cautions", "verdict"]
 
 # A case counts as "about as good as the baseline" up to this much more perplexity.
 _CLOSE_PERPLEXITY = 1.10
@@ -40,14 +41,8 @@ def findings(result: Result) -> list[str]:
 
 def cautions(result: Result) -> list[str]:
     """Return what makes these figures weaker than they look, one sentence each."""
-    rows, machine = result["rows"], result["machine"]
-    sentences = []
-    if machine["load_before"] > 0.5:
-        sentences.append(f"The machine was not idle: load average {machine['load_before']:.1f} before the run.")
-    if (machine.get("steal_fraction") or 0.0) > 0.01:
-        sentences.append(f"The hypervisor took {percent(machine['steal_fraction'])} of the processor time.")
-    if result["protocol"]["n_rounds"] < 5:
-        sentences.append(f"Only {result['protocol']['n_rounds']} rounds: the intervals say little about drift.")
+    rows = result["rows"]
+    sentences = noise_cautions(result)
     if any((row.get("ceiling_fraction") or 0.0) > 1.0 for row in rows):
         sentences.append("A row above 100 % of the ceiling reads part of its weights from the cache, not from memory.")
     ok = [row for row in rows if row["status"] == "ok"]
@@ -58,6 +53,19 @@ def cautions(result: Result) -> list[str]:
         row for load in workloads_of(result) for row in load.cases if not is_comparable(row, load.baseline)
     ):
         sentences.append(f"Perplexity cannot be compared with the baseline's (other text or windows): {names}.")
+    return sentences
+
+
+def noise_cautions(result: Result) -> list[str]:
+    """Return what disturbed the machine while it measured, one sentence each."""
+    machine, n_rounds = result["machine"], result["protocol"]["n_rounds"]
+    sentences = []
+    if machine["load_before"] > IDLE_LOAD:
+        sentences.append(f"The machine was not idle: load average {machine['load_before']:.1f} before the run.")
+    if (machine.get("steal_fraction") or 0.0) > LITTLE_STEAL:
+        sentences.append(f"The hypervisor took {percent(machine['steal_fraction'])} of the processor time.")
+    if n_rounds < 5:
+        sentences.append(f"Only {n_rounds} rounds: the intervals say little about drift.")
     return sentences
 
 

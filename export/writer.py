@@ -29,7 +29,6 @@ from owl_deploy.export.families import FAMILIES
 from owl_deploy.export.genai import genai_config
 from owl_deploy.export.initializers import INLINE_LIMIT, StoredMatrix, TensorSource, write_initializers
 from owl_deploy.export.int8_initializers import write_int8_initializers
-from owl_deploy.export.lineage import check_zeros
 from owl_deploy.export.machine_class import this_machine_class
 from owl_deploy.export.nbits_initializers import write_nbits_initializers
 from owl_deploy.export.onnxruntime_graph import nbits_graph, onnxruntime_graph, sparse_operator_graph
@@ -40,6 +39,7 @@ from owl_deploy.export.traced_graph import traced_graph
 from owl_deploy.export.unfilled_graph import UnfilledGraph
 from owl_deploy.files import file_sha256, folder_bytes, new_folder, write_json
 from owl_deploy.kernels import library_path
+from owl_deploy.lineage import check_zeros
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import ExportSettings, Precision
 from owl_deploy.skeleton import open_skeleton

@@ -55,7 +55,7 @@ def size_facts(
     zeros = {f"{linear['name']}.weight": linear["n_zeros"] for linear in linears}
     try:
         sizes["artifacts"] = [
-            _artifact_facts(checkpoint, zeros if settings.checkpoint == "pruned" else {}, settings)
+            _artifact_facts(checkpoint, {} if settings.checkpoint == "dense" else zeros, settings)
             for settings in artifacts
         ]
     except UnsupportedModelError as error:

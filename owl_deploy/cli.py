@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import click
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
-from owl_deploy.errors import OwlDeployError
+from owl_deploy.engines.status import EngineStatus
+from owl_deploy.errors import GateError, OwlDeployError
 from owl_deploy.plan_tables import print_pruning_plan
 from owl_deploy.recipe import (
     BenchSettings,
@@ -30,6 +31,7 @@ from owl_deploy.recipe import (
     ExportSettings,
     PruneSettings,
     Recipe,
+    RecoverSettings,
     Settings,
     SettingsT,
     StructureSettings,
@@ -43,11 +45,13 @@ from owl_deploy.results import (
     print_evaluation,
     print_json,
     print_plan,
+    print_recovery,
     print_report,
     print_sparsity,
     print_structure,
     print_tasks,
 )
+from owl_deploy.serve.settings import ServeSettings
 from owl_deploy.sweep_tables import print_sweep
 from owl_deploy.terminal import TerminalProgress
 
@@ -56,8 +60,13 @@ __all__ = ["main"]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def _settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
-    """Add one flag per settings field: same name, same default, same description as in a recipe."""
+def _settings_options(kind: type[Settings], *, environment: str | None = None) -> Callable[[Command], Command]:
+    """Add one flag per settings field: same name, same default, same description as in a recipe.
+
+    Args:
+        kind: the settings.
+        environment: prefix of the environment variables that stand in for flags not given; None for no such variables.
+    """
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(kind.model_fields.items()):
@@ -65,9 +74,13 @@ def _settings_options(kind: type[Settings]) -> Callable[[Command], Command]:
                 continue
             is_many = isinstance(field.default, tuple)
             shown = " ".join(map(str, field.default)) if is_many else field.default
-            default = f"  [default: {shown}]" if field.default is not None else ""
+            default = f"  [default: {shown}]" if field.default not in (None, ()) else ""
             flag = f"--{name.replace('_', '-')}"
-            command = click.option(flag, name, multiple=is_many, help=f"{field.description}{default}")(command)
+            twin = None if environment is None else f"{environment}{name.upper()}"
+            describe = f"{field.description}{default}"
+            command = click.option(
+                flag, name, multiple=is_many, help=describe, envvar=twin, show_envvar=twin is not None
+            )(command)
         return command
 
     return decorate
@@ -213,7 +226,7 @@ def run(recipe: Path, out: Path | None, offline: bool, quiet: bool, as_json: boo
         for model, evaluation in result.evaluations:
             print_evaluation(model, evaluation.to_json())
     if result.measured is not None and result.report is not None:
-        _exit_if_failed(result.measured, result.report)
+        _exit_if_failed(result.measured, result.report, settings.bench.fail_if)
 
 
 def _overridden(recipe: Any, flags: dict[str, Any], where: str) -> Any:
@@ -432,6 +445,53 @@ def depth(model: str, out: Path | None, dry_run: bool, seed: int, force: bool, c
         print_depth(report.to_json())
 
 
+@cli.command()
+@click.argument("model", metavar="CKPT")
+@click.option("--reference", help="Dense model that it was pruned from.  [default: the one that its owl.json names]")
+@_settings_options(RecoverSettings)
+@_out
+@_seed
+@click.option("--resume", is_flag=True, help="Continue a run of the same settings that was stopped.")
+@_force
+@_common_options
+def recover(
+    model: str,
+    reference: str | None,
+    out: Path,
+    seed: int,
+    resume: bool,
+    force: bool,
+    common: _Common,
+    **flags: Any,
+) -> None:
+    """Train what pruning left: write a sparse checkpoint with the same zeros and better weights.
+
+    \b
+    Example:
+      owl-deploy recover sparse --reference demo:smollm2-135m --budget 30m --out recovered
+    """
+    settings = _settings(RecoverSettings, flags)
+    from owl_deploy.recovery import recover as recover_weights
+
+    with common.progress() as progress:
+        report = recover_weights(
+            model,
+            reference,
+            settings,
+            out=out,
+            seed=seed,
+            threads=common.threads,
+            resume=resume,
+            force=force,
+            offline=common.offline,
+            on_step=progress,
+        )
+    if common.as_json:
+        print_json(report.to_json())
+    else:
+        print_recovery(report.to_json())
+
+
 @cli.command("eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @_settings_options(EvalSettings)
@@ -609,11 +669,15 @@ def bench(
 ) -> None:
     """Measure latency and quality of artifacts in their engines, and write a report.
 
+    A condition of --fail-if is asked of every row that has the quantity; one that should have it and does not (a void
+    speed-up, KL without --reference) fails it. Exits with 3 where one fails.
+
     \b
     Example:
       owl-deploy bench dense sparse --baseline dense --max-windows 2 --out report
     """
     settings, evaluation = _settings(BenchSettings, flags), _settings(EvalSettings, flags)
+    from owl_deploy.bench.gate import failed_conditions
     from owl_deploy.bench.run import run_bench
 
     with common.progress() as progress:
@@ -630,10 +694,48 @@ def bench(
             on_step=progress,
         )
     if common.as_json:
-        print_json({"report": str(out), **measured})
+        print_json({"report": str(out), "failed_conditions": failed_conditions(measured, settings.fail_if), **measured})
     else:
         print_report(measured, out)
-    _exit_if_failed(measured, out)
+    _exit_if_failed(measured, out, settings.fail_if)
+
+
+@cli.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option(
+    "--tolerance",
+    type=float,
+    # A choice, not a measurement. With 8 rounds that differ by 1 % (standard deviation), samples by 3 %, and four rows,
+    # a slow-down of 5 % is found in 99 % of simulated runs; a tolerance of 0.02 leaves 81 %.
+    default=0.01,
+    show_default=True,
+    help="Share by which B may be slower: allows for what differs between two runs and not within one.",
+)
+@_seed
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the table as Markdown.")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+def compare(a: Path, b: Path, tolerance: float, seed: int, as_markdown: bool, as_json: bool) -> None:
+    """Compare two reports: is anything in B slower than in A?
+
+    A and B are folders of bench reports, or their report.json, of the same workloads. Exits with 3 where a row is
+    slower beyond noise and --tolerance, or fails in B and not in A.
+
+    \b
+    Example:
+      owl-deploy compare report-of-yesterday report --tolerance 0.03
+    """
+    from owl_deploy.bench.regression import compare_reports
+    from owl_deploy.bench.regression_tables import print_comparison
+    from owl_deploy.bench.report_file import read_report
+
+    comparison = compare_reports(read_report(a), read_report(b), tolerance=tolerance, seed=seed)
+    if as_json:
+        print_json({"a": str(a), "b": str(b), **comparison.to_json()})
+    else:
+        print_comparison(comparison, as_markdown=as_markdown)
+    if comparison.regressions:
+        raise click.exceptions.Exit(GateError.exit_code)
 
 
 @cli.command()
@@ -699,11 +801,95 @@ def sweep(
         raise click.exceptions.Exit(1)
 
 
-def _exit_if_failed(measured: dict[str, Any], folder: Path) -> None:
-    """Exit with 1 where a row failed. The result is printed already, so this sentence goes to stderr alone."""
-    if any(row["status"] == "failed" for row in measured["rows"]):
+def _exit_if_failed(measured: dict[str, Any], folder: Path, fail_if: tuple[str, ...]) -> None:
+    """Exit with 3 where a condition failed, else with 1 where a row did.
+
+    The result is printed already, so these sentences go to stderr alone.
+    """
+    from owl_deploy.bench.gate import failed_conditions
+
+    failures = failed_conditions(measured, fail_if)
+    for failure in failures:
+        click.echo(f"owl-deploy: --fail-if {failure}", err=True)
+    has_failed_row = any(row["status"] == "failed" for row in measured["rows"])
+    if has_failed_row:
         click.echo(f"owl-deploy: an engine failed; its rows say why ({folder / 'report.md'})", err=True)
-        raise click.exceptions.Exit(1)
+    if failures or has_failed_row:
+        raise click.exceptions.Exit(GateError.exit_code if failures else 1)
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path), envvar="OWL_DEPLOY_ARTIFACT")
+@_settings_options(ServeSettings, environment="OWL_DEPLOY_")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout, when it listens.")
+def serve(artifact: Path, as_json: bool, **flags: Any) -> None:
+    """Serve an artifact over HTTP, as OpenAI's interface has it, to several clients at once.
+
+    Clients find completions and chats under /v1, a page to chat with at /, the interface's description at
+    /openapi.json, figures at /metrics, and whether it works at /health/live and /health/ready. An API key may be in
+    OWL_DEPLOY_API_KEY. SIGTERM and Ctrl-C let it answer what was begun, and end it.
+
+    \b
+    Example:
+      owl-deploy serve runs/quickstart/artifacts/operator-int8 --port 8000 --batch-size 8
+    """
+    settings = _settings(ServeSettings, flags)
+    try:
+        from owl_deploy.serve.server import ServeFacts
+        from owl_deploy.serve.server import serve as run_server
+    except ModuleNotFoundError as error:
+        raise OwlDeployError(
+            f"{error.name} is not installed: pip install 'owl-deploy[serve]' brings what serving needs"
+        ) from error
+
+    def show(facts: ServeFacts) -> None:
+        if as_json:
+            print_json(asdict(facts))
+        else:
+            click.echo(facts.text())
+        sys.stdout.flush()
+
+    run_server(artifact, settings, on_ready=show)
+
+
+@cli.command()
+@click.option(
+    "--threads", default="auto", show_default=True, help="Threads: auto (affinity and cgroup quota) or a number."
+)
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+def doctor(threads: str, quiet: bool, as_json: bool) -> None:
+    """Say what this machine is and what is wrong with it, each with what to do.
+
+    Exits with 0 where nothing is wrong, or only what makes figures worse or less certain (a warning), and with 3
+    where something will fail (an error).
+
+    \b
+    Example:
+      owl-deploy doctor
+    """
+    n_threads = _threads(threads)
+    from owl_deploy.doctor import diagnose
+    from owl_deploy.doctor_text import diagnosis_lines
+
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
+        diagnosis = diagnose(_engine_statuses(), threads=n_threads, on_step=progress)
+    if as_json:
+        print_json(diagnosis.to_json())
+    else:
+        click.echo("\n".join(diagnosis_lines(diagnosis.to_json())))
+    if diagnosis.has_error:
+        raise click.exceptions.Exit(GateError.exit_code)
+
+
+def _engine_statuses() -> list[EngineStatus]:
+    """Return the engines that there are, here or not."""
+    from owl_deploy.engines.bridge import bridge_status
+    from owl_deploy.engines.llama_cpp import LLAMA_CPP
+    from owl_deploy.engines.status import library_status, onnxruntime_status
+
+    libraries = [library_status("onnxruntime-genai"), library_status("torch")]
+    return [onnxruntime_status(), bridge_status(), LLAMA_CPP.status(), *libraries]
 
 
 @cli.group()
@@ -725,22 +911,20 @@ def list_engines(as_json: bool) -> None:
     Example:
       owl-deploy engines list --json
     """
-    from owl_deploy.engines.bridge import bridge_status
-    from owl_deploy.engines.status import onnxruntime_status
-
-    found = [onnxruntime_status(), bridge_status()]
+    found = _engine_statuses()
     if as_json:
         print_json({"engines": [asdict(status) for status in found]})
         return
     for status in found:
-        state = status.version if status.is_available else f"unavailable: {status.reason}"
-        click.echo(f"{status.name:<12} {state}  ({status.licence})")
+        click.echo(f"{status.name:<18} {status.state}")
 
 
 @engines.command()
-@click.argument("engine", type=click.Choice(["deepsparse"]))
+@click.argument("engine", type=click.Choice(["deepsparse", "llama.cpp"]))
 @click.option(
-    "--python", help="Interpreter (3.8 to 3.11) to build the environment with.  [default: the first that fits]"
+    "--python",
+    help="Interpreter (3.8 to 3.11 for deepsparse, 3.10 to 3.12 for llama.cpp) to build the environment with.  "
+    "[default: the first that fits]",
 )
 def install(engine: str, python: str | None) -> None:
     """Install an engine into an environment of its own.
@@ -750,8 +934,10 @@ def install(engine: str, python: str | None) -> None:
       owl-deploy engines install deepsparse
     """
     from owl_deploy.engines.bridge import install_bridge
+    from owl_deploy.engines.llama_cpp import LLAMA_CPP
 
-    folder = install_bridge(python, on_line=lambda line: click.echo(line, err=True))
+    installers = {"deepsparse": install_bridge, "llama.cpp": LLAMA_CPP.install}
+    folder = installers[engine](python, lambda line: click.echo(line, err=True))
     click.echo(f"{engine}: {folder}")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from owl_deploy.errors import RecipeError
 
-__all__ = ["resolve_devices"]
+__all__ = ["resolve_devices", "resolve_products"]
 
 
 def resolve_devices(text: str) -> tuple[torch.device, ...]:
@@ -39,3 +41,11 @@ def resolve_devices(text: str) -> tuple[torch.device, ...]:
             raise RecipeError(f"device {device} is not on this machine, which has {', '.join(known)}")
         devices.append(device)
     return tuple(devices)
+
+
+def resolve_products(asked: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
+    """Return the type of matrix products in training: auto is bfloat16 where this processor multiplies it."""
+    if asked != "auto":
+        return torch.bfloat16 if asked == "bfloat16" else torch.float32
+    features = torch.cpu.get_capabilities()
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32

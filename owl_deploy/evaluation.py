@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from owl_deploy.artifact import is_artifact, open_artifact
+from owl_deploy.engines.peer import is_peer, open_peer
 from owl_deploy.engines.process import EngineProcess, open_engine
 from owl_deploy.errors import OwlDeployError, UnsupportedModelError
 from owl_deploy.files import file_sha256, write_json
@@ -278,13 +279,13 @@ def evaluation_windows(encoder: Encoder, settings: EvalSettings) -> Windows:
 
 @contextmanager
 def open_language_model(model: str, threads: int, window: int, *, offline: bool = False) -> Iterator[LanguageModel]:
-    """Open a checkpoint in torch, or an artifact in its own engine, for texts of `window` tokens."""
-    if is_artifact(Path(model)):
-        artifact = open_artifact(Path(model))
+    """Open a checkpoint in torch, or an artifact or a peer in its own engine, for texts of `window` tokens."""
+    if _is_run_by_an_engine(model):
+        artifact = open_artifact(Path(model)) if is_artifact(Path(model)) else open_peer(Path(model))
         if window > artifact.facts.max_positions:
             raise UnsupportedModelError(
-                f"window {window} is longer than the {artifact.facts.max_positions} positions of artifact "
-                f"{artifact.name}: lower it"
+                f"window {window} is longer than the {artifact.facts.max_positions} positions of {artifact.name}: "
+                "lower it"
             )
         # Compiled for one number of tokens, which must then divide the window; ONNX Runtime takes any.
         is_fixed = artifact.facts.target == "deepsparse"
@@ -368,6 +369,11 @@ def _n_alike(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
+def _is_run_by_an_engine(model: str) -> bool:
+    """Return whether this is a folder of ours, which keeps its own evaluations, rather than a checkpoint."""
+    return is_artifact(Path(model)) or is_peer(Path(model))
+
+
 def open_encoder(model: str, *, offline: bool) -> Encoder:
     """Open the tokenizer of a checkpoint or an artifact."""
     if is_artifact(Path(model)):
@@ -393,7 +399,7 @@ def _settings_key(windows: Windows, reference: str | None, *, offline: bool) -> 
 def _stored(model: str, key: str) -> Evaluation | None:
     """Return an evaluation that an artifact keeps, if it has this one."""
     file = Path(model) / "evaluations.json"
-    if not is_artifact(Path(model)):
+    if not _is_run_by_an_engine(model):
         return None
     try:
         return Evaluation(**_read_evaluations(file)[key])
@@ -403,7 +409,7 @@ def _stored(model: str, key: str) -> Evaluation | None:
 
 def _store(model: str, key: str, evaluation: Evaluation) -> None:
     """Keep an evaluation beside the artifact that it belongs to."""
-    if not is_artifact(Path(model)):
+    if not _is_run_by_an_engine(model):
         return
     file = Path(model) / "evaluations.json"
     try:

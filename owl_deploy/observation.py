@@ -19,7 +19,7 @@ from owl_deploy.errors import OwlDeployError
 from owl_deploy.skeleton import BlockInputs, Prunable
 from owl_deploy.statistics import InputStatistic
 
-__all__ = ["Groups", "Kinds", "Observed", "advance_", "input_groups", "observe", "observe_and_advance_"]
+__all__ = ["Groups", "Kinds", "Observed", "advance_", "input_groups", "observe", "observe_and_advance_", "run_block"]
 
 Groups = list[tuple[str, ...]]
 Kinds = tuple[Callable[[int], InputStatistic], ...]
@@ -51,7 +51,7 @@ def input_groups(block: nn.Module, inputs: BlockInputs, index: int, linears: Map
     """
     called: dict[str, torch.Tensor] = {}
     with _hooked(linears, called.setdefault):
-        _call(block, inputs, index, 0)
+        run_block(block, inputs, index, 0)
     groups: dict[Any, list[str]] = {}
     for name, tensor in called.items():
         # All tensors are still alive, so that two with one address are the same.
@@ -90,7 +90,7 @@ def observe(
     with torch.inference_mode(), _hooked(watched, see):
         for i in range(len(inputs.hidden_states)):
             try:
-                _call(block, inputs, index, i)
+                run_block(block, inputs, index, i)
             except _AllSeenError:
                 continue
     _refuse_overflow(observed, watched)
@@ -116,7 +116,7 @@ def advance_(block: nn.Module, inputs: BlockInputs, index: int) -> None:
         OwlDeployError: an output is NaN or Inf.
     """
     for i in range(len(inputs.hidden_states)):
-        output = _call(block, inputs, index, i)
+        output = run_block(block, inputs, index, i)
         if not torch.isfinite(output).all():
             raise OwlDeployError(
                 f"the output of block {index} holds NaN or Inf on calibration sequence {i}: nothing was pruned after it"
@@ -145,7 +145,8 @@ class _AllSeenError(Exception):
     """The last linear was reached: what follows is of no interest."""
 
 
-def _call(block: nn.Module, inputs: BlockInputs, index: int, i: int) -> torch.Tensor:
+def run_block(block: nn.Module, inputs: BlockInputs, index: int, i: int) -> torch.Tensor:
+    """Return what a filled block makes of the hidden states of sequence i, (1, seq_len, hidden)."""
     args, kwargs = inputs.arguments[index]
     device = next(block.parameters()).device
     with torch.autocast(device.type, inputs.dtype, enabled=inputs.dtype != torch.float32):

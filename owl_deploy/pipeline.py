@@ -22,6 +22,7 @@ from owl_deploy.files import file_sha256
 from owl_deploy.progress import OnStep, silent
 from owl_deploy.pruning import prune, prune_versions
 from owl_deploy.recipe import ArtifactSettings, ExportSettings, Recipe
+from owl_deploy.recovery import recover, recovery_identity
 
 __all__ = ["RunResult", "run"]
 
@@ -65,9 +66,9 @@ def run(
 
     Args:
         recipe: what to do.
-        out: folder of the results: `checkpoint/`, `artifacts/NAME/`, `report/`.
+        out: folder of the results: `checkpoint/`, `recovered/`, `artifacts/NAME/`, `report/`.
         force: make everything anew, also what could be reused.
-        resume: continue a pruning that was stopped.
+        resume: continue a pruning or a recovery that was stopped.
         offline: never ask a hub.
         on_step: told of every step of every stage.
 
@@ -80,25 +81,33 @@ def run(
     checkpoint = _pruned(
         recipe, source, out / "checkpoint", force=force, resume=resume, offline=offline, on_step=on_step
     )
+    models = {"dense": recipe.model, "pruned": str(checkpoint)}
+    if recipe.recover is not None:
+        checkpoint = _recovered(
+            recipe, source, checkpoint, out / "recovered", force=force, resume=resume, offline=offline, on_step=on_step
+        )
+        models["recovered"] = str(checkpoint)
     artifacts = []
     for settings in recipe.export:
-        model = recipe.model if settings.checkpoint == "dense" else str(checkpoint)
+        model = models[settings.checkpoint]
         artifacts.append(
             _artifact(recipe, settings, model, out / "artifacts", force=force, offline=offline, on_step=on_step)
         )
     if recipe.bench is None:
-        models = [str(path) for path in (checkpoint, *artifacts)] if "eval" in recipe.model_fields_set else []
+        judged = []
+        if "eval" in recipe.model_fields_set:
+            judged = [*(path for kind, path in models.items() if kind != "dense"), *map(str, artifacts)]
         found = []
-        if models:
+        if judged:
             found = evaluate(
-                models,
+                judged,
                 recipe.eval,
                 reference=recipe.model,
                 threads=recipe.threads,
                 offline=offline,
                 on_step=on_step,
             )
-        return RunResult(checkpoint, artifacts, None, None, tuple(zip(models, found, strict=True)))
+        return RunResult(checkpoint, artifacts, None, None, tuple(zip(judged, found, strict=True)))
     measured = _report(recipe, artifacts, out / "report", load_before=load_before, force=force, on_step=on_step)
     return RunResult(checkpoint, artifacts, out / "report", measured)
 
@@ -137,6 +146,43 @@ def _pruned(
         report.peak_rss_bytes / 2**30,
         path,
     )
+    return path
+
+
+def _recovered(
+    recipe: Recipe,
+    source: Checkpoint,
+    pruned: Path,
+    path: Path,
+    *,
+    force: bool,
+    resume: bool,
+    offline: bool,
+    on_step: OnStep,
+) -> Path:
+    """Return the recovered checkpoint, training first where it is not there."""
+    assert recipe.recover is not None
+    wanted = recovery_identity(open_checkpoint(str(pruned)), source, recipe.recover, seed=recipe.seed)
+    try:
+        found = json.loads((path / "owl.json").read_text(encoding="utf-8"))["recovery"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = {}
+    if not force and all(found.get(key) == value for key, value in wanted.items()):
+        log.info("reusing the recovered checkpoint %s", path)
+        return path
+    report = recover(
+        str(pruned),
+        recipe.model,
+        recipe.recover,
+        out=path,
+        seed=recipe.seed,
+        threads=recipe.threads,
+        resume=resume,
+        force=True,
+        offline=offline,
+        on_step=on_step,
+    )
+    log.info("recovered by %s in %.0f s: %s", recipe.recover.method, report.seconds, path)
     return path
 
 
@@ -179,7 +225,8 @@ def _report(
 ) -> dict[str, Any]:
     """Return the measured result, measuring first where it is not there."""
     assert recipe.bench is not None
-    described = recipe.model_dump(mode="json")
+    # Conditions judge what was measured: other ones are no reason to measure again.
+    described = recipe.model_dump(mode="json", exclude={"bench": {"fail_if"}})
     wanted = {"recipe": described, "artifacts": {item.name: file_sha256(item / "owl.json") for item in artifacts}}
     if not force and _agrees(path / "report.json", wanted):
         measured: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))

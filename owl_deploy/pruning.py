@@ -15,7 +15,6 @@ import gc
 import hashlib
 import logging
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 
 from owl_deploy.allocation_file import save_allocation
 from owl_deploy.allocation_stage import allocate, needs_calibration
@@ -32,7 +30,7 @@ from owl_deploy.calibration import Calibration, calibration_tokens, must_be_samp
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.devices import resolve_devices
 from owl_deploy.errors import OwlDeployError, RecipeError, UnsupportedModelError
-from owl_deploy.files import new_folder, write_json, write_tensors
+from owl_deploy.files import new_folder, write_json
 from owl_deploy.footprint import Footprint, predict_footprint
 from owl_deploy.layer_sparsities import LayerSparsities
 from owl_deploy.memory import available_bytes, peak_rss_bytes, release_free_memory, reset_peak_rss, rss_bytes
@@ -42,6 +40,7 @@ from owl_deploy.pattern import parse_pattern
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import PruneSettings
 from owl_deploy.replicas import Replicas
+from owl_deploy.sharded_checkpoint import block_dtypes, fill_from_shard_, write_shard, write_sharded_checkpoint
 from owl_deploy.skeleton import Skeleton, open_skeleton
 from owl_deploy.statistics import Hessian
 from owl_deploy.threads import resolve_threads
@@ -250,38 +249,22 @@ def _prune_blocks(
     for index, sparsity in enumerate(sparsities.blocks):
         started = time.perf_counter()
         is_done = work.is_finished(index)
-        names = skeleton.block_tensors(index)
-        dtypes = {parameter: skeleton.checkpoint.dtype(tensor) for parameter, tensor in names.items()}
-        with replicas.filled(index) if replicas is not None else skeleton.filled(index) as block:
+        with replicas.filled(index) if replicas is not None else skeleton.filled(index):
             if is_done and replicas is not None:
-                _fill_from_shard_(skeleton, index, work.shard(index))
+                fill_from_shard_(skeleton, index, work.shard(index))
             elif not is_done:
                 # The inputs of block 0 are those of the dense model: what the allocation saw of them will do.
                 known = seen[0] if seen is not None and index == 0 else None
                 goals = sparsities.goals[index]
+                dtypes = block_dtypes(skeleton, index)
                 linears = prune_block_(skeleton, settings, index, replicas, known, goals, dtypes)
-                prefix = f"{skeleton.prefix}.{index}."
-                write_tensors(
-                    work.shard(index),
-                    {
-                        tensor: block.get_parameter(parameter.removeprefix(prefix)).detach().to(dtypes[parameter])
-                        for parameter, tensor in names.items()
-                    },
-                )
+                write_shard(skeleton, index, work.shard(index))
             if replicas is not None and index + 1 < n_blocks:
                 replicas.advance_(index)
         if not is_done:
             seconds = round(time.perf_counter() - started, 3)
             work.finish(index, linears=linears, measured={"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()})
         on_step(Step("pruning blocks", index + 1, n_blocks, f"{'kept' if is_done else 'sparsity'} {sparsity:.3f}"))
-
-
-def _fill_from_shard_(skeleton: Skeleton, index: int, shard: Path) -> None:
-    """Put the pruned weights of a finished block back into it."""
-    stored = load_file(shard)
-    prefix = f"{skeleton.prefix}.{index}."
-    for parameter, tensor in skeleton.block_tensors(index).items():
-        skeleton.fill_(skeleton.blocks[index], parameter.removeprefix(prefix), stored[tensor])
 
 
 def _facts(
@@ -336,31 +319,9 @@ def _finish(
     skeleton: Skeleton, sparsities: LayerSparsities, work: WorkFolder, out: Path, facts: dict[str, Any], started: float
 ) -> dict[str, Any]:
     """Gather shards, the tensors outside the blocks, configuration and tokenizer; return time and memory."""
-    checkpoint = skeleton.checkpoint
     n_blocks = len(skeleton.blocks)
-    in_blocks = {tensor for index in range(n_blocks) for tensor in skeleton.block_tensors(index).values()}
     with new_folder(out, replace=True) as folder:
-        weight_map: dict[str, str] = {}
-        outside = {name: checkpoint.read(name) for name in checkpoint.tensors if name not in in_blocks}
-        first = f"model-{1:05d}-of-{n_blocks + 1:05d}.safetensors"
-        write_tensors(folder / first, outside)
-        weight_map |= dict.fromkeys(outside, first)
-        del outside
-        for index in range(n_blocks):
-            name = f"model-{index + 2:05d}-of-{n_blocks + 1:05d}.safetensors"
-            _link(work.shard(index), folder / name)
-            weight_map |= dict.fromkeys(skeleton.block_tensors(index).values(), name)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
-        )
-        for file in sorted(checkpoint.path.iterdir()):
-            if (
-                file.is_file()
-                and file.suffix in (".json", ".jinja", ".txt", ".model")
-                and not file.name.endswith(".index.json")
-            ):
-                shutil.copyfile(file, folder / file.name)
+        write_sharded_checkpoint(skeleton, work.shard, folder)
         write_json(folder / "owl.json", facts)
         write_allocation(folder / "allocation.json", sparsities)
         measured = [work.record(index)["measured"] for index in range(n_blocks)]
@@ -377,11 +338,3 @@ def write_allocation(path: Path, sparsities: LayerSparsities) -> None:
         save_allocation(path, list(of_linear.values()), names=list(of_linear))
     else:
         save_allocation(path, sparsities.blocks)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give a finished shard its final name without copying it, where the file system can."""
-    try:
-        target.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, target)

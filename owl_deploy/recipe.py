@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from owl_deploy.condition import parse_condition
 from owl_deploy.errors import RecipeError, shown
 from owl_deploy.pattern import parse_pattern
 
@@ -34,9 +36,11 @@ __all__ = [
     "DepthSettings",
     "EvalSettings",
     "ExportSettings",
+    "PeerSettings",
     "Precision",
     "PruneSettings",
     "Recipe",
+    "RecoverSettings",
     "Settings",
     "SettingsT",
     "StructureSettings",
@@ -80,7 +84,22 @@ def _is_pattern(value: str) -> str:
     return value
 
 
+def _is_condition(value: str) -> str:
+    parse_condition(value)
+    return value
+
+
 Sparsity = Annotated[float, AfterValidator(_is_sparsity)]
+
+
+def _seconds(value: Any) -> Any:
+    """Turn 90s, 30m or 2h into seconds; numbers are seconds already."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh])", value.strip()) if isinstance(value, str) else None
+    return value if match is None else float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0), AfterValidator(_is_finite)]
+"""Seconds; in recipes and flags a number with s, m or h behind it will do."""
 
 
 class Settings(BaseModel):
@@ -278,6 +297,76 @@ class StructureSettings(Settings):
     """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
 
 
+class RecoverSettings(Settings):
+    """How the surviving weights of a sparse checkpoint are trained."""
+
+    method: Literal["blockwise", "distill"] = "blockwise"
+    """blockwise (block by block, to give again what the dense block gives; a few blocks in memory) or distill (the
+    whole model, to predict tokens again as the dense one does; both in memory, and the state of the optimiser)."""
+    targets: Literal["dense", "prefix"] = "dense"
+    """blockwise: what a block is to give on the inputs that the recovered blocks before it leave: the hidden states of
+    the dense model, which makes up for those blocks too, or what the dense block makes of those same inputs."""
+    epochs: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
+    """Passes over the training sequences."""
+    batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    """Training sequences per step; their gradients are added up one by one. When not given, 1 for blockwise and 4 for
+    distill."""
+    learning_rate: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = None
+    """Of AdamW, at its highest: it rises during the first tenth of the work and falls to zero in the rest. When not
+    given, 3e-3 for blockwise and 1e-4 for distill."""
+    budget: Duration | None = None
+    """Time such as 90s, 30m or 2h after which training ends with the best values so far (blockwise shares it among the
+    blocks); a run of fewer epochs ends earlier."""
+    forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products: auto is bfloat16 where the processor multiplies it. Weights, gradients and the state of
+    the optimiser are float32 all the same."""
+    temperature: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 1.0
+    """distill: of both distributions."""
+    cross_entropy: Annotated[float, Field(ge=0, le=1), AfterValidator(_is_finite)] = 0.0
+    """distill: share of the text's own cross-entropy in the loss, beside the KL divergence."""
+    gradient_checkpointing: bool = False
+    """distill: whether activations are computed again in place of being kept: less memory, a third more time."""
+    n_checks: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
+    """distill: how often the held-out sequences judge, and a stopped run can go on from there."""
+    held_out: Annotated[float, Field(gt=0, lt=1), AfterValidator(_is_finite)] = 0.1
+    """Share of the sequences that only judge, at least one."""
+    calibration: str = "generated"
+    """Text to train on: generated (by the dense model), python-docs, wikitext2, c4, text:PATH, jsonl:PATH[:field] or
+    hf:NAME."""
+    n_samples: Annotated[int, Field(ge=2, le=_LARGEST)] = 64
+    """Sequences, those held out included."""
+    seq_len: Annotated[int, Field(ge=2, le=_LARGEST)] = 512
+    """Tokens per sequence."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin-of-sequence token: auto (as the model's own tokenizer, per document), always (every sequence), never."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, by default that of the method."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 3e-3 if self.method == "blockwise" else 1e-4
+
+    @property
+    def sequences_per_step(self) -> int:
+        """The batch size, by default that of the method."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return 1 if self.method == "blockwise" else 4
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> RecoverSettings:
+        others = {
+            "blockwise": ("temperature", "cross_entropy", "gradient_checkpointing", "n_checks"),
+            "distill": ("targets",),
+        }
+        for name in others[self.method]:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(f"{name} {value} is not for method {self.method}")
+        return self
+
+
 class EvalSettings(Settings):
     """How the quality of a model is measured."""
 
@@ -375,13 +464,62 @@ class ExportSettings(Settings):
                 raise ValueError(f"{name} {value} needs {needed}, got weights {self.weights}")
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
 class ArtifactSettings(ExportSettings):
     """One artifact of a recipe."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Name
     """Name of the artifact's folder and of its rows in the report."""
-    checkpoint: Literal["dense", "pruned"] = "pruned"
-    """Which model is exported: the one the recipe starts from, or the pruned one."""
+    checkpoint: Literal["dense", "pruned", "recovered"] = "pruned"
+    """Which model is exported: the one the recipe starts from, the pruned one, or what `recover` made of that."""
+
+
+_PEER_PRECISIONS = {"llama.cpp": ("f32", "q8_0", "q4_0"), "torch": ("fp32", "bf16"), "torch-compiled": ("fp32", "bf16")}
+
+
+class PeerSettings(Settings):
+    """Another engine that is measured beside the artifacts; ENGINE:PRECISION or onnxruntime-genai:ARTIFACT will do."""
+
+    engine: Literal["llama.cpp", "torch", "torch-compiled", "onnxruntime-genai"]
+    """llama.cpp, torch (eager) and torch-compiled run the dense model, onnxruntime-genai an artifact."""
+    precision: str = ""
+    """Of the weights, by the engine's own name: llama.cpp f32, q8_0 or q4_0, torch fp32 or bf16; the first one when not
+    given."""
+    artifact: str = ""
+    """onnxruntime-genai: name of the artifact."""
+    name: Name = ""
+    """Of its rows in the report; made of the engine and the rest when not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Take the short form apart, and fill in what was not given."""
+        if isinstance(values, str):
+            engine, _, rest = values.partition(":")
+            values = {"engine": engine, **({"artifact" if engine == "onnxruntime-genai" else "precision": rest})}
+        if not isinstance(values, dict) or not isinstance(values.get("engine"), str):
+            return values
+        if (known := _PEER_PRECISIONS.get(values["engine"])) and not values.get("precision"):
+            values = {**values, "precision": known[0]}
+        if not values.get("name"):
+            name = f"{values['engine']}-{values.get('artifact') or values.get('precision')}"
+            values = {**values, "name": re.sub(r"[^A-Za-z0-9._-]", "_", name)[:64]}
+        return values
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> PeerSettings:
+        known = _PEER_PRECISIONS.get(self.engine)
+        if known is None and (self.precision or not self.artifact):
+            raise ValueError(f"{self.engine} runs an artifact as it is: give its name and no precision")
+        if known is not None and self.artifact:
+            raise ValueError(f"{self.engine} runs the dense model: leave artifact {shown(self.artifact)} out")
+        if known is not None and self.precision not in known:
+            raise ValueError(
+                f"{self.engine} has no precision {shown(self.precision)}{_nearest(self.precision, list(known))}"
+            )
+        return self
 
 
 class BenchSettings(Settings):
@@ -399,6 +537,12 @@ class BenchSettings(Settings):
     """Timed prefills per artifact and round."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds after which a silent engine counts as hung."""
+    fail_if: tuple[Annotated[str, AfterValidator(_is_condition)], ...] = ()
+    """Condition on the rows such as speedup<1.5 or perplexity>30: where one holds, the report is written and the exit
+    code is 3."""
+    peer: tuple[PeerSettings, ...] = ()
+    """Another engine that is measured in the same rounds: llama.cpp:f32, llama.cpp:q8_0, llama.cpp:q4_0, torch:fp32,
+    torch-compiled:fp32 (or bf16) run the dense model, onnxruntime-genai:ARTIFACT an artifact."""
 
 
 class RecipeBenchSettings(BenchSettings):
@@ -486,6 +630,8 @@ class Recipe(Settings):
     max_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     """What pruning may take of memory, such as 6GiB; what cannot be done in it is refused before work starts."""
     prune: PruneSettings = PruneSettings()
+    recover: RecoverSettings | None = None
+    """Training of what pruning left, for artifacts of checkpoint recovered."""
     export: tuple[ArtifactSettings, ...] = ()
     eval: EvalSettings = EvalSettings()
     bench: RecipeBenchSettings | None = None
@@ -500,6 +646,26 @@ class Recipe(Settings):
             raise ValueError(f"export: two artifacts are named {twice[0]}")
         if self.bench is not None and self.bench.baseline not in names:
             raise ValueError(f"bench.baseline: {self.bench.baseline!r} is not among the artifacts {names}")
+        for peer in self.bench.peer if self.bench is not None else ():
+            if peer.artifact and peer.artifact not in names:
+                raise ValueError(f"bench.peer: {peer.artifact!r} is not among the artifacts {names}")
+            if peer.name in names:
+                raise ValueError(f"bench.peer: a peer and an artifact are named {peer.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _recovery_fits(self) -> Recipe:
+        if self.recover is None:
+            wants = [artifact.name for artifact in self.export if artifact.checkpoint == "recovered"]
+            if wants:
+                raise ValueError(f"export: {wants[0]} is of checkpoint recovered, and the recipe has no recover stage")
+            return self
+        for evaluation in (self.eval, *(self.sweep.evals if self.sweep is not None else ())):
+            if evaluation.text == self.recover.calibration:
+                raise ValueError(
+                    f"recover.calibration and eval.text are both {evaluation.text}: a model that was trained on a text "
+                    "is not judged by it; name another for one of them"
+                )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ __all__ = [
     "print_evaluation",
     "print_json",
     "print_plan",
+    "print_recovery",
     "print_report",
     "print_sparsity",
     "print_structure",
@@ -107,6 +108,25 @@ def print_depth(facts: dict[str, Any]) -> None:
     )
     click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
     click.echo("Nothing written (--dry-run)" if facts["checkpoint"] is None else f"Checkpoint: {facts['checkpoint']}")
+
+
+def print_recovery(facts: dict[str, Any]) -> None:
+    """Print how far every block was from its targets, and is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    training = facts["recovery"]
+    if training["method"] == "distill":
+        table = Table("step", "held-out loss", title="KL divergence from the dense model, nats per token")
+        for check in training["curve"]:
+            table.add_row(str(check["step"]), f"{check['loss']:.4g}")
+    else:
+        table = Table("block", "error before", "after", title="Relative error on held-out sequences")
+        for block in training["blocks"]:
+            table.add_row(str(block["index"]), f"{block['before']:.4g}", f"{block['after']:.4g}")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
+    click.echo(f"Checkpoint: {facts['checkpoint']}, with the zeros it had (mask {facts['mask_sha256'][:16]})")
 
 
 def print_evaluation(model: str, facts: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from owl_deploy.errors import RecipeError
 
-__all__ = ["ThreadCount", "allowed_threads", "resolve_threads"]
+__all__ = ["ThreadCount", "allowed_threads", "cgroup_quota", "resolve_threads"]
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ def allowed_threads(cgroup: Path = Path("/sys/fs/cgroup")) -> ThreadCount:
     The count of cores that the machine has is never used: in a container it is the host's.
     """
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    quota = _cgroup_quota(cgroup)
+    quota = cgroup_quota(cgroup)
     if quota is not None and quota < n:
         return ThreadCount(max(1, math.ceil(quota)), f"cgroup quota of {quota:g} CPUs")
     return ThreadCount(n, "affinity mask")
 
 
-def _cgroup_quota(root: Path) -> float | None:
+def cgroup_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     """Return the CPUs that the cgroup allows (v2 `cpu.max`, else v1 `cpu.cfs_*`); None for no limit."""
     try:
         quota, period = (root / "cpu.max").read_text().split()

@@ -84,9 +84,9 @@ class WorkFolder:
             return False
         return True
 
-    def finish(self, index: int, *, linears: list[dict[str, Any]], measured: dict[str, Any]) -> None:
-        """Record a block whose shard is written."""
-        record = {"linears": linears, "measured": measured, "shard_sha256": file_sha256(self.shard(index))}
+    def finish(self, index: int, *, linears: list[dict[str, Any]], measured: dict[str, Any], **others: Any) -> None:
+        """Record a block whose shard is written: facts of its linears, time and memory, and what else there is."""
+        record = {"linears": linears, "measured": measured, "shard_sha256": file_sha256(self.shard(index)), **others}
         write_json(self.folder / f"block-{index:05d}.json", record)
 
     def record(self, index: int) -> Any:

@@ -148,7 +148,7 @@ def test_flags_are_recipe_keys_with_their_defaults(name: str, kinds: list[Any]) 
             option = found[f"--{key.replace('_', '-')}"]
             text = " ".join((option.help or "").split())
             assert text.startswith(" ".join((field.description or "").split()))
-            if field.default is not None:
+            if field.default not in (None, ()):
                 shown = field.default if not isinstance(field.default, tuple) else " ".join(map(str, field.default))
                 assert text.endswith(f"[default: {shown}]")
 
@@ -254,9 +254,10 @@ def test_bench_prints_one_document(exported: tuple[Path, Call], tmp_path: Path) 
 
 def test_engines_list_prints_one_document_or_a_line_each() -> None:
     document = call("engines", "list", "--json").document
-    assert [engine["name"] for engine in document["engines"]] == ["onnxruntime", "deepsparse"]
+    names = ["onnxruntime", "deepsparse", "llama.cpp", "onnxruntime-genai", "torch"]
+    assert [engine["name"] for engine in document["engines"]] == names
     assert document["engines"][0]["is_available"]
-    assert len(call("engines", "list").stdout.splitlines()) == 2
+    assert len(call("engines", "list").stdout.splitlines()) == len(names)
 
 
 # Errors as JSON, and exit codes.

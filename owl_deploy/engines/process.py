@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from owl_deploy.artifact import OnnxArtifact
 from owl_deploy.engines.bridge import bridge_python
+from owl_deploy.engines.llama_cpp import LLAMA_CPP
+from owl_deploy.engines.peer import Peer
 from owl_deploy.errors import EngineFailedError
 from owl_deploy.kernels import library_path
 
@@ -60,14 +62,20 @@ class EngineProcess:
         self._buffer = b""
 
     def load(
-        self, artifact: OnnxArtifact, *, threads: int, n_tokens: int, capacity: int, last_logits_only: bool = False
+        self,
+        artifact: OnnxArtifact | Peer,
+        *,
+        threads: int,
+        n_tokens: int,
+        capacity: int,
+        last_logits_only: bool = False,
     ) -> None:
-        """Load an artifact for calls of `n_tokens` tokens and a cache of `capacity` positions in all.
+        """Load an artifact or a peer for calls of `n_tokens` tokens and a cache of `capacity` positions in all.
 
         Raises:
             EngineUnavailableError: it needs the operator library, and there is none for this machine.
         """
-        folder = str(artifact.path.resolve())
+        folder = str((artifact.model if isinstance(artifact, Peer) else artifact.path).resolve())
         # Always the library that is installed here: an artifact brings one too, and its code is not to be trusted.
         operators = str(library_path()) if artifact.facts.weights == "sparse-operator" else None
         answer = self.ask(
@@ -78,6 +86,7 @@ class EngineProcess:
             capacity=capacity,
             operators=operators,
             last_logits_only=last_logits_only,
+            precision=artifact.facts.precision,
         )
         self.version, self.load_ms = answer["version"], answer["load_ms"]
 
@@ -179,7 +188,8 @@ def open_worker(engine: str, *, timeout_s: float = 600.0) -> Iterator[EngineProc
     Raises:
         EngineUnavailableError: the engine's environment is not here.
     """
-    python = bridge_python() if engine == "deepsparse" else Path(sys.executable)
+    pythons = {"deepsparse": bridge_python, "llama.cpp": LLAMA_CPP.python}
+    python = pythons[engine]() if engine in pythons else Path(sys.executable)
     process = EngineProcess(engine, python, timeout_s)
     try:
         yield process
@@ -189,7 +199,7 @@ def open_worker(engine: str, *, timeout_s: float = 600.0) -> Iterator[EngineProc
 
 @contextmanager
 def open_engine(
-    artifact: OnnxArtifact,
+    artifact: OnnxArtifact | Peer,
     *,
     threads: int,
     n_tokens: int,
@@ -197,7 +207,7 @@ def open_engine(
     last_logits_only: bool = False,
     timeout_s: float = 600.0,
 ) -> Iterator[EngineProcess]:
-    """Start the engine of an artifact in a child process and load it.
+    """Start the engine of an artifact or a peer in a child process and load it.
 
     Args:
         threads: of the engine.

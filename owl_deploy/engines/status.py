@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 
-__all__ = ["EngineStatus", "onnxruntime_status"]
+__all__ = ["EngineStatus", "library_status", "onnxruntime_status"]
+
+# Distributions that are engines of this environment: licence, and what to install.
+_LIBRARIES = {"onnxruntime-genai": ("MIT", "onnxruntime-genai==0.18.0"), "torch": ("BSD-3-Clause", "owl-deploy[prune]")}
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,11 @@ class EngineStatus:
     licence: str
     """What the engine's licence allows, in a few words."""
 
+    @property
+    def state(self) -> str:
+        """The version, or why there is none, and the licence."""
+        return f"{self.version if self.is_available else f'unavailable: {self.reason}'}  ({self.licence})"
+
 
 def onnxruntime_status() -> EngineStatus:
     """Look ONNX Runtime up in this environment, without importing it."""
@@ -28,3 +36,12 @@ def onnxruntime_status() -> EngineStatus:
         return EngineStatus("onnxruntime", True, metadata.version("onnxruntime"), "", "MIT")
     except metadata.PackageNotFoundError:
         return EngineStatus("onnxruntime", False, "", "ONNX Runtime is not installed: pip install onnxruntime", "MIT")
+
+
+def library_status(name: str) -> EngineStatus:
+    """Look an optional engine of this environment up, onnxruntime-genai or torch, without importing it."""
+    licence, requirement = _LIBRARIES[name]
+    try:
+        return EngineStatus(name, True, metadata.version(name), "", licence)
+    except metadata.PackageNotFoundError:
+        return EngineStatus(name, False, "", f"{name} is not installed: pip install '{requirement}'", licence)

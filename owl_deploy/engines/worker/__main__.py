@@ -5,13 +5,14 @@ Started as `python <this folder> ENGINE`, also by the interpreter of another env
 stdin, one answer per line on the first stdout; whatever an engine prints goes to stderr.
 
     {"command": "load", "artifact": DIR, "threads": N, "n_tokens": T, "capacity": S, "operators": FILE.so or null,
-     "last_logits_only": true or false}
+     "last_logits_only": true or false, "precision": WORD}
         -> {"load_ms": ..., "version": ...}
     {"command": "forward", "tokens": [...], "past_len": P, "logits": FILE.npy}
         -> {} and the logits (T or 1, vocab) float32 in the file
     {"command": "measure", "tokens": [...], "past_len": P, "n_samples": N} -> {"ns": [...]}
     {"command": "open-graph", "model": FILE, "threads": N, "shape": [...], "operators": FILE.so or null} -> {}
     {"command": "measure-graph", "n_samples": N, "output": FILE.npy or null} -> {"ns": [...]}
+    {"command": "quantize", "source": FILE, "file": FILE, "precision": WORD, "threads": N} -> {} (llama.cpp only)
     {"command": "memory"} -> {"peak_rss_bytes": ...}
     {"command": "check-sparse", "model": FILE} -> what SparseML reads (bridge environment only)
 
@@ -34,6 +35,23 @@ def open_session(engine, request):
         from deepsparse_session import DeepSparseSession
 
         return DeepSparseSession(*arguments, last_logits_only=request["last_logits_only"])
+    if engine == "llama.cpp":
+        from llama_cpp_session import LlamaCppSession
+
+        return LlamaCppSession(*arguments, last_logits_only=request["last_logits_only"])
+    if engine == "onnxruntime-genai":
+        from genai_session import GenaiSession
+
+        return GenaiSession(*arguments, last_logits_only=request["last_logits_only"])
+    if engine in ("torch", "torch-compiled"):
+        from torch_session import TorchSession
+
+        return TorchSession(
+            *arguments,
+            precision=request["precision"],
+            is_compiled=engine == "torch-compiled",
+            last_logits_only=request["last_logits_only"],
+        )
     from onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(*arguments, operators=request["operators"], last_logits_only=request["last_logits_only"])
@@ -80,6 +98,12 @@ class Worker:
         if request["output"]:
             self.session.save(request["output"])
         return {"ns": self.session.measure(request["n_samples"])}
+
+    def quantize(self, request):
+        from llama_cpp_session import quantize
+
+        quantize(request["source"], request["file"], request["precision"], request["threads"])
+        return {}
 
     def memory(self, request):
         return {"peak_rss_bytes": peak_rss_bytes()}

@@ -1,0 +1,101 @@
+"""A report.json read back: a path in, the result that was written out, checked for what a comparison needs.
+
+Only these keys are checked: the file may be of an older or a newer version, or written by someone else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from owl_deploy.bench.comparison import Result, Workload
+from owl_deploy.errors import RecipeError, shown
+
+__all__ = ["WORKLOAD_KEYS", "read_report"]
+
+WORKLOAD_KEYS = tuple(field.name for field in fields(Workload) if field.name != "rows")
+"""The keys of a row that say what was run."""
+
+_Name = Annotated[str, Field(min_length=1, max_length=1000)]
+_Round = Annotated[list[Annotated[int, Field(gt=0, lt=2**62)]], Field(min_length=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Parity(_Part):
+    passed: bool
+
+
+class _Row(_Part):
+    engine: _Name
+    artifact: _Name
+    weights: _Name
+    precision: _Name
+    threads: int
+    status: Literal["ok", "failed"]
+    is_baseline: bool
+    samples_ns: list[_Round]
+    perplexity: float | None = None
+    parity: _Parity | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+class _Machine(_Part):
+    load_before: float
+    steal_fraction: float | None = None
+    memory_bandwidth_bytes_per_s: float | None = None
+
+
+class _Protocol(_Part):
+    n_rounds: int
+
+
+class _Report(_Part):
+    versions: dict[str, str]
+    commit: str | None = None
+    artifacts: dict[str, str] = {}
+    machine: _Machine
+    protocol: _Protocol
+    rows: Annotated[list[_Row], Field(min_length=1)]
+
+
+def read_report(path: Path) -> Result:
+    """Read a report.json, or that of a report's folder.
+
+    Raises:
+        RecipeError: there is none, or it lacks what a comparison needs.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        result: Result = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read ({error.strerror}): give a report.json or its folder") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{file} is not JSON: give a report.json that owl-deploy bench has written") from error
+    problem = _problem(result)
+    if problem is not None:
+        raise RecipeError(f"{file} is no report: {problem}; give a report.json that owl-deploy bench has written")
+    return result
+
+
+def _problem(result: Any) -> str | None:
+    """Return what a JSON value lacks, or None."""
+    try:
+        _Report.model_validate(result)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the document"
+        return f"{place}: {first['msg']}, found {shown(first['input'])}"
+    for number, row in enumerate(result["rows"]):
+        for key in WORKLOAD_KEYS:
+            if type(row.get(key)) not in (int, str):
+                return f"rows.{number}.{key}: should say what was run, found {shown(row.get(key))}"
+        if row["status"] == "ok" and len(row["samples_ns"]) < 2:
+            return f"rows.{number}.samples_ns: should hold two rounds or more, found {len(row['samples_ns'])}"
+    return None

@@ -1,0 +1,331 @@
+"""The recover stage: a sparse checkpoint goes in, one with the same zeros and better weights comes out.
+
+In: a sparse checkpoint, the dense one it was pruned from, and `RecoverSettings`. Out: a Hugging Face folder whose
+`owl.json` is that of the sparse checkpoint with what training did, and `measured.json`. The mask hash before and after
+is equal, which is checked on the saved files. Blocks are streamed as in pruning: a few of them are in memory, and two
+sets of hidden states. A finished block is a shard of the final checkpoint, so that a stopped run can go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from owl_deploy.block_pruning import mask_sha256
+from owl_deploy.block_recovery import pruned_positions, recover_block_
+from owl_deploy.calibration import calibration_tokens
+from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.devices import resolve_products
+from owl_deploy.distillation import distill_, load_state_, save_state
+from owl_deploy.errors import OwlDeployError, UnsupportedModelError
+from owl_deploy.files import new_folder, write_json
+from owl_deploy.generation import load_torch_model
+from owl_deploy.hidden_states import HiddenStates
+from owl_deploy.lineage import check_zeros
+from owl_deploy.memory import peak_rss_bytes, reset_peak_rss
+from owl_deploy.observation import run_block
+from owl_deploy.progress import OnStep, Step, silent
+from owl_deploy.recipe import RecoverSettings
+from owl_deploy.sharded_checkpoint import block_dtypes, fill_from_shard_, write_shard, write_sharded_checkpoint
+from owl_deploy.skeleton import BlockInputs, Skeleton, open_skeleton
+from owl_deploy.threads import resolve_threads
+from owl_deploy.versions import versions
+from owl_deploy.work_folder import WorkFolder
+
+__all__ = ["RecoveryReport", "recover", "recovery_identity"]
+
+
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What training did."""
+
+    checkpoint: Path
+    facts: dict[str, Any]
+    """Content of owl.json."""
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document that `owl-deploy recover --json` prints."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "recovery": self.facts["recovery"],
+            "mask_sha256": self.facts["mask_sha256"],
+            "seconds": round(self.seconds, 3),
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+def recover(
+    model: str,
+    reference: str | None = None,
+    settings: RecoverSettings = RecoverSettings(),
+    *,
+    out: Path,
+    seed: int = 0,
+    threads: int | Literal["auto"] = "auto",
+    resume: bool = False,
+    force: bool = False,
+    offline: bool = False,
+    on_step: OnStep = silent,
+) -> RecoveryReport:
+    """Train the surviving weights of a sparse checkpoint and write the result.
+
+    Args:
+        model: the sparse checkpoint, any MODEL.
+        reference: the dense one; None is the model that its owl.json names.
+        settings: method, text, budget.
+        out: folder of the result.
+        seed: of text and order of training.
+        threads: torch threads; a resumed run must use as many, or sums could round differently.
+        resume: continue a stopped run of the same models, data and settings.
+        force: replace `out` if it exists.
+        offline: never ask a hub.
+        on_step: told of every finished block.
+
+    Raises:
+        OwlDeployError: and its subclasses; nothing half-written is left under `out`.
+    """
+    started = time.perf_counter()
+    if out.exists() and not force:
+        raise OwlDeployError(f"{out} exists already: give another --out, or --force to replace it")
+    n_threads = resolve_threads(threads).n
+    torch.set_num_threads(n_threads)
+    sparse = open_skeleton(open_checkpoint(model, offline=offline))
+    dense = open_skeleton(_reference(sparse.checkpoint, reference, offline=offline))
+    _refuse_other_architecture(sparse, dense)
+    check_zeros(sparse, on_step)
+    calibration = calibration_tokens(dense.checkpoint, settings, seed=seed, on_step=on_step)
+    tokens = torch.from_numpy(calibration.tokens)
+    n_held_out = max(1, round(settings.held_out * len(tokens)))
+    if n_held_out >= len(tokens):
+        raise OwlDeployError(f"held_out {settings.held_out:g} of {len(tokens)} sequences leaves none to train on")
+    fingerprint = {
+        **settings.model_dump(mode="json"),
+        "seed": seed,
+        "threads": n_threads,
+        "products": str(resolve_products(settings.forward_dtype)),
+        "tokens_sha256": calibration.sha256,
+        **{f"model file {name}": digest for name, digest in sparse.checkpoint.fingerprint.items()},
+        **{f"reference file {name}": digest for name, digest in dense.checkpoint.fingerprint.items()},
+        **{f"{name} version": text for name, text in versions("torch", "transformers", "safetensors").items()},
+    }
+    work = WorkFolder.open(out, fingerprint, resume=resume)
+    reset_peak_rss()
+    if settings.method == "blockwise":
+        training, measured = _recover_blocks(sparse, dense, settings, tokens, n_held_out, seed, work, on_step)
+    else:
+        training, measured = _distill_blocks(sparse, dense, settings, tokens, n_held_out, seed, work, on_step)
+    recovery = {
+        **recovery_identity(sparse.checkpoint, dense.checkpoint, settings, seed=seed),
+        "learning_rate": settings.rate,
+        "batch_size": settings.sequences_per_step,
+        "reference": dense.checkpoint.source,
+        "calibration": calibration.facts(),
+        "n_held_out": n_held_out,
+        **training,
+    }
+    facts = {**_lineage(sparse, work), "recovery": recovery}
+    seconds, peak = round(time.perf_counter() - started, 3), peak_rss_bytes()
+    with new_folder(out, replace=True) as folder:
+        write_sharded_checkpoint(sparse, work.shard, folder)
+        write_json(folder / "owl.json", facts)
+        write_json(folder / "measured.json", {"seconds": seconds, "peak_rss_bytes": peak, **measured})
+        check_zeros(open_skeleton(open_checkpoint(str(folder))))  # of the very files
+    work.remove()
+    return RecoveryReport(out, facts, seconds, peak)
+
+
+def recovery_identity(sparse: Checkpoint, dense: Checkpoint, settings: RecoverSettings, *, seed: int) -> dict[str, Any]:
+    """Return the part of owl.json's `recovery` that two checkpoints share if one can stand for the other."""
+    return {
+        "method": settings.method,
+        "settings": settings.model_dump(mode="json"),
+        "seed": seed,
+        "versions": versions("torch", "transformers", "safetensors"),
+        "products": str(resolve_products(settings.forward_dtype)).removeprefix("torch."),
+        "checkpoint_sha256": sparse.fingerprint,
+        "reference_sha256": dense.fingerprint,
+    }
+
+
+def _reference(sparse: Checkpoint, reference: str | None, *, offline: bool) -> Checkpoint:
+    """Open the dense model, by default the one that pruning began with."""
+    source = (sparse.manifest or {}).get("source", {})
+    name = reference or source.get("model")
+    if not isinstance(name, str):
+        raise OwlDeployError(
+            f"{sparse.path} does not say which dense model it was pruned from: name it with --reference"
+        )
+    return open_checkpoint(name, offline=offline)
+
+
+def _refuse_other_architecture(sparse: Skeleton, dense: Skeleton) -> None:
+    """Raise UnsupportedModelError unless every parameter of the blocks has its counterpart."""
+
+    def shapes(skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+        named = skeleton.blocks.named_parameters()
+        return {f"{skeleton.prefix}.{name}": tuple(parameter.shape) for name, parameter in named}
+
+    mine, theirs = shapes(sparse), shapes(dense)
+    for name in {**mine, **theirs}:
+        if mine.get(name) != theirs.get(name):
+            raise UnsupportedModelError(
+                f"{dense.checkpoint.path} is no dense twin of {sparse.checkpoint.path}: {name} is "
+                f"{theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
+            )
+
+
+def _recover_blocks(
+    sparse: Skeleton,
+    dense: Skeleton,
+    settings: RecoverSettings,
+    tokens: torch.Tensor,
+    n_held_out: int,
+    seed: int,
+    work: WorkFolder,
+    on_step: OnStep,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train block after block, each on what the trained blocks before it leave; return how it went, and how long."""
+    dtype = resolve_products(settings.forward_dtype)
+    inputs, wanted = _for_training(sparse.capture(tokens, dtype=dtype)), dense.capture(tokens)
+    n_blocks = len(sparse.blocks)
+    n_left = sum(not work.is_finished(index) for index in range(n_blocks))
+    budget = None if settings.budget is None else settings.budget * n_left / n_blocks
+    began = time.monotonic()
+    for index in range(n_blocks):
+        started = time.monotonic()
+        is_done = work.is_finished(index)
+        with dense.filled(index) as block:
+            entering = wanted if settings.targets == "dense" else inputs
+            targets = _outputs(block, BlockInputs(entering.hidden_states, wanted.arguments, wanted.dtype), index)
+        with sparse.filled(index) as block:
+            if not is_done:
+                prefix = f"{sparse.prefix}.{index}."
+                names = {linear.parameter.removeprefix(prefix) for linear in sparse.linears(index).values()}
+                masks = pruned_positions(block, sorted(names))
+                deadline = None if budget is None else started + (budget - (started - began)) / n_left
+                trained = recover_block_(
+                    block, inputs, targets, index, masks, settings, n_held_out=n_held_out, seed=seed, deadline=deadline
+                )
+                _keep_from_underflow_(sparse, index, masks)
+                write_shard(sparse, index, work.shard(index))
+                n_left -= 1
+                record = {"index": index, "before": trained.before, "after": trained.after, "curve": trained.curve}
+                measured = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+                work.finish(index, linears=_zeros(sparse, index), measured=measured, training=record)
+            fill_from_shard_(sparse, index, work.shard(index))
+            inputs = BlockInputs(_outputs(block, inputs, index), inputs.arguments, inputs.dtype)
+        if settings.targets == "dense":
+            wanted = BlockInputs(targets, wanted.arguments, wanted.dtype)
+        before, after = (work.record(index)["training"][key] for key in ("before", "after"))
+        on_step(Step("recovering blocks", index + 1, n_blocks, f"error {before:.3g} to {after:.3g}"))
+    records = [work.record(index) for index in range(n_blocks)]
+    return {"blocks": [record["training"] for record in records]}, {"blocks": [r["measured"] for r in records]}
+
+
+def _distill_blocks(
+    sparse: Skeleton,
+    dense: Skeleton,
+    settings: RecoverSettings,
+    tokens: torch.Tensor,
+    n_held_out: int,
+    seed: int,
+    work: WorkFolder,
+    on_step: OnStep,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train the whole model and write its blocks as shards; return how training went, and how long it took."""
+    model, teacher = load_torch_model(sparse.checkpoint), load_torch_model(dense.checkpoint)
+    by_block = [[linear.parameter for linear in sparse.linears(i).values()] for i in range(len(sparse.blocks))]
+    parameters = dict(model.named_parameters())
+    masks = {name: parameters[name] == 0 for names in by_block for name in names}
+    trained = [name for name in parameters if name.startswith(f"{sparse.prefix}.")]
+    file = work.folder / "state.safetensors"
+    state = distill_(
+        model,
+        teacher,
+        tokens,
+        masks,
+        trained,
+        settings,
+        n_held_out=n_held_out,
+        seed=seed,
+        state=load_state_(model, trained, file),
+        on_check=lambda state: save_state(state, model, trained, file),
+        on_step=on_step,
+    )
+    for index in range(len(sparse.blocks)):
+        prefix = f"{sparse.prefix}.{index}."
+        with sparse.filled(index) as block:
+            for name, _ in list(block.named_parameters()):
+                sparse.fill_(block, name, parameters[prefix + name].detach())
+            here = {name.removeprefix(prefix): masks[name] for name in by_block[index]}
+            _keep_from_underflow_(sparse, index, here)
+            write_shard(sparse, index, work.shard(index))
+            work.finish(index, linears=_zeros(sparse, index), measured={"peak_rss_bytes": peak_rss_bytes()})
+    curve = [{"step": step, "loss": loss} for step, _, loss in state.curve]
+    return {"curve": curve}, {"curve": [{"step": step, "seconds": seconds} for step, seconds, _ in state.curve]}
+
+
+@torch.no_grad()
+def _outputs(block: nn.Module, inputs: BlockInputs, index: int) -> HiddenStates:
+    """Return what a filled block makes of its inputs."""
+    states = HiddenStates()
+    for i in range(len(inputs.hidden_states)):
+        states.append(run_block(block, inputs, index, i))
+    return states
+
+
+def _for_training(inputs: BlockInputs) -> BlockInputs:
+    """Return a copy that autograd takes, as it does not take what was made in inference mode."""
+    states = HiddenStates()
+    for values in inputs.hidden_states:
+        states.append(values.clone())
+    arguments = pytree.tree_map_only(torch.Tensor, torch.clone, inputs.arguments)
+    return BlockInputs(states, arguments, inputs.dtype)
+
+
+@torch.no_grad()
+def _keep_from_underflow_(skeleton: Skeleton, index: int, masks: dict[str, torch.Tensor]) -> None:
+    """Make sure that no surviving weight is zero in the type of the file: the mask would not be the same."""
+    prefix = f"{skeleton.prefix}.{index}."
+    dtypes = block_dtypes(skeleton, index)
+    for name, pruned in masks.items():
+        parameter, dtype = skeleton.blocks[index].get_parameter(name), dtypes[prefix + name]
+        lost = (parameter.to(dtype) == 0) & ~pruned
+        parameter.masked_fill_(lost, torch.finfo(dtype).tiny)
+
+
+def _zeros(skeleton: Skeleton, index: int) -> list[dict[str, Any]]:
+    """Return what owl.json says of the linears of a filled block where nothing is known of their pruning."""
+    facts = []
+    for name, linear in skeleton.linears(index).items():
+        kept = (linear.weight != 0).cpu()
+        n_zeros = kept.numel() - int(kept.sum())
+        fact = {"name": name, "shape": list(kept.shape), "sparsity": n_zeros / kept.numel(), "n_zeros": n_zeros}
+        facts.append({**fact, "mask_sha256": mask_sha256({name: kept})})
+    return facts
+
+
+def _lineage(sparse: Skeleton, work: WorkFolder) -> dict[str, Any]:
+    """Return owl.json of the sparse checkpoint, or what can be said of one without."""
+    manifest = sparse.checkpoint.manifest
+    if manifest is not None and "mask_sha256" in manifest:
+        return manifest
+    linears = [fact for index in range(len(sparse.blocks)) for fact in work.record(index)["linears"]]
+    n_zeros = sum(fact["n_zeros"] for fact in linears)
+    n_parameters = sum(parameter.numel() for parameter in sparse.model.parameters())
+    source = {"model": sparse.checkpoint.source, "sha256": sparse.checkpoint.fingerprint}
+    return {
+        **(manifest or {"kind": "checkpoint", "format_version": 1, "source": source}),
+        "sparsity": {"linears": n_zeros / sum(sparse.n_weights()), "model": n_zeros / n_parameters},
+        "linears": linears,
+        "mask_sha256": hashlib.sha256("".join(fact["mask_sha256"] for fact in linears).encode()).hexdigest(),
+    }
