@@ -25,7 +25,7 @@ from owl_deploy.masked_training import MaskedAdamW, batches
 from owl_deploy.progress import OnStep, Step
 from owl_deploy.recipe import RecoverSettings
 
-__all__ = ["Distillation", "distill_", "distillation_loss", "load_state_", "save_state"]
+__all__ = ["Distillation", "distill_", "distillation_loss", "held_out_loss", "load_state_", "save_state"]
 
 _DIVERGED = 1.5
 
@@ -110,25 +110,12 @@ def distill_(
     if settings.gradient_checkpointing:
         sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         sparse.train()  # it is skipped in evaluation mode; decoders of this kind have no other difference
-    dtype = resolve_products(settings.forward_dtype)
     n_train = len(tokens) - n_held_out
     n_steps = settings.epochs * -(-n_train // settings.sequences_per_step)
     check_every = max(1, n_steps // settings.n_checks)
 
-    def loss_of(i: int) -> torch.Tensor:
-        row = tokens[i : i + 1].to(sparse.device)
-        with torch.no_grad():
-            wanted = dense(input_ids=row, use_cache=False).logits[0]
-        with torch.autocast(sparse.device.type, dtype, enabled=dtype != torch.float32):
-            found = sparse(input_ids=row, use_cache=False).logits[0]
-        return distillation_loss(
-            found, wanted, row[0], temperature=settings.temperature, cross_entropy=settings.cross_entropy
-        )
-
     def check() -> None:
-        with torch.no_grad():
-            losses = [float(loss_of(i)) for i in range(n_train, len(tokens))]
-        loss = sum(losses) / len(losses)
+        loss = held_out_loss(sparse, dense, tokens[n_train:], settings)
         if all(loss < before for _, _, before in state.curve):
             state.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         state.curve.append((state.step, round(state.seconds, 3), loss))
@@ -146,7 +133,7 @@ def distill_(
             break
         started = time.monotonic()
         for i in batch:
-            loss = loss_of(i) / len(batch)
+            loss = _loss(sparse, dense, tokens[i], settings) / len(batch)
             if not torch.isfinite(loss):
                 raise OwlDeployError(f"the loss of step {step + 1} is NaN or Inf: use a lower learning_rate")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -167,6 +154,24 @@ def distill_(
         for name, parameter in parameters.items():
             parameter.copy_(state.best[name])
     return state
+
+
+@torch.no_grad()
+def held_out_loss(sparse: Any, dense: Any, tokens: torch.Tensor, settings: RecoverSettings) -> float:
+    """Return the mean of `distillation_loss` over sequences (n, seq_len)."""
+    losses = [float(_loss(sparse, dense, row, settings)) for row in tokens]
+    return sum(losses) / len(losses)
+
+
+def _loss(sparse: Any, dense: Any, tokens: torch.Tensor, settings: RecoverSettings) -> torch.Tensor:
+    """Return the loss of one sequence (seq_len,)."""
+    row, dtype = tokens[None].to(sparse.device), resolve_products(settings.forward_dtype)
+    with torch.no_grad():
+        wanted = dense(input_ids=row, use_cache=False).logits[0]
+    with torch.autocast(sparse.device.type, dtype, enabled=dtype != torch.float32):
+        found = sparse(input_ids=row, use_cache=False).logits[0]
+    mix = {"temperature": settings.temperature, "cross_entropy": settings.cross_entropy}
+    return distillation_loss(found, wanted, row[0], **mix)
 
 
 def save_state(state: Distillation, sparse: Any, trained: list[str], file: Path) -> None:

@@ -300,9 +300,12 @@ class StructureSettings(Settings):
 class RecoverSettings(Settings):
     """How the surviving weights of a sparse checkpoint are trained."""
 
-    method: Literal["blockwise", "distill"] = "blockwise"
-    """blockwise (block by block, to give again what the dense block gives; a few blocks in memory) or distill (the
-    whole model, to predict tokens again as the dense one does; both in memory, and the state of the optimiser)."""
+    method: Literal["blockwise", "distill", "spp", "lora"] = "blockwise"
+    """blockwise (block by block, to give again what the dense block gives; a few blocks in memory) or, with both models
+    in memory, to predict tokens again as the dense one does: distill (all surviving weights), spp (adapters that keep
+    zeros) or lora (adapters that fill them; pruned again after merging, at a loss that is measured)."""
+    rank: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
+    """spp, lora: rank of the adapters."""
     targets: Literal["dense", "prefix"] = "dense"
     """blockwise: what a block is to give on the inputs that the recovered blocks before it leave: the hidden states of
     the dense model, which makes up for those blocks too, or what the dense block makes of those same inputs."""
@@ -310,10 +313,10 @@ class RecoverSettings(Settings):
     """Passes over the training sequences."""
     batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     """Training sequences per step; their gradients are added up one by one. When not given, 1 for blockwise and 4 for
-    distill."""
+    the others."""
     learning_rate: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = None
     """Of AdamW, at its highest: it rises during the first tenth of the work and falls to zero in the rest. When not
-    given, 3e-3 for blockwise and 1e-4 for distill."""
+    given, 3e-3 for blockwise, 1e-4 for distill and 1e-3 for spp and lora."""
     budget: Duration | None = None
     """Time such as 90s, 30m or 2h after which training ends with the best values so far (blockwise shares it among the
     blocks); a run of fewer epochs ends earlier."""
@@ -321,13 +324,13 @@ class RecoverSettings(Settings):
     """Type of matrix products: auto is bfloat16 where the processor multiplies it. Weights, gradients and the state of
     the optimiser are float32 all the same."""
     temperature: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 1.0
-    """distill: of both distributions."""
+    """All but blockwise: of both distributions."""
     cross_entropy: Annotated[float, Field(ge=0, le=1), AfterValidator(_is_finite)] = 0.0
-    """distill: share of the text's own cross-entropy in the loss, beside the KL divergence."""
+    """All but blockwise: share of the text's own cross-entropy in the loss, beside the KL divergence."""
     gradient_checkpointing: bool = False
-    """distill: whether activations are computed again in place of being kept: less memory, a third more time."""
+    """All but blockwise: whether activations are computed again, not kept: less memory, a third more time."""
     n_checks: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
-    """distill: how often the held-out sequences judge, and a stopped run can go on from there."""
+    """All but blockwise: how often the held-out sequences judge, and a stopped run can go on from there."""
     held_out: Annotated[float, Field(gt=0, lt=1), AfterValidator(_is_finite)] = 0.1
     """Share of the sequences that only judge, at least one."""
     calibration: str = "generated"
@@ -345,7 +348,7 @@ class RecoverSettings(Settings):
         """The learning rate, by default that of the method."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 3e-3 if self.method == "blockwise" else 1e-4
+        return {"blockwise": 3e-3, "distill": 1e-4, "spp": 1e-3, "lora": 1e-3}[self.method]
 
     @property
     def sequences_per_step(self) -> int:
@@ -357,8 +360,10 @@ class RecoverSettings(Settings):
     @model_validator(mode="after")
     def _settings_fit(self) -> RecoverSettings:
         others = {
-            "blockwise": ("temperature", "cross_entropy", "gradient_checkpointing", "n_checks"),
-            "distill": ("targets",),
+            "blockwise": ("temperature", "cross_entropy", "gradient_checkpointing", "n_checks", "rank"),
+            "distill": ("targets", "rank"),
+            "spp": ("targets",),
+            "lora": ("targets",),
         }
         for name in others[self.method]:
             value, default = getattr(self, name), type(self).model_fields[name].default

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from owl_deploy.adapters import attach, merge
 from owl_deploy.block_pruning import mask_sha256
 from owl_deploy.block_recovery import pruned_positions, recover_block_
 from owl_deploy.calibration import calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.devices import resolve_products
-from owl_deploy.distillation import distill_, load_state_, save_state
+from owl_deploy.distillation import distill_, held_out_loss, load_state_, save_state
 from owl_deploy.errors import OwlDeployError, UnsupportedModelError
 from owl_deploy.files import new_folder, write_json
 from owl_deploy.generation import load_torch_model
@@ -241,18 +242,21 @@ def _distill_blocks(
     work: WorkFolder,
     on_step: OnStep,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train the whole model and write its blocks as shards; return how training went, and how long it took."""
+    """Train the whole model, or adapters; write its blocks as shards; return how it went, and how long it took."""
     model, teacher = load_torch_model(sparse.checkpoint), load_torch_model(dense.checkpoint)
     by_block = [[linear.parameter for linear in sparse.linears(i).values()] for i in range(len(sparse.blocks))]
     parameters = dict(model.named_parameters())
     masks = {name: parameters[name] == 0 for names in by_block for name in names}
+    is_whole = settings.method == "distill"
     trained = [name for name in parameters if name.startswith(f"{sparse.prefix}.")]
+    if settings.method == "spp" or settings.method == "lora":
+        model, trained = attach(model, sparse, settings.method, rank=settings.rank, seed=seed)
     file = work.folder / "state.safetensors"
     state = distill_(
         model,
         teacher,
         tokens,
-        masks,
+        masks if is_whole else {},
         trained,
         settings,
         n_held_out=n_held_out,
@@ -261,6 +265,17 @@ def _distill_blocks(
         on_check=lambda state: save_state(state, model, trained, file),
         on_step=on_step,
     )
+    curve = [{"step": step, "loss": loss} for step, _, loss in state.curve]
+    training: dict[str, Any] = {"curve": curve}
+    if settings.method == "spp" or settings.method == "lora":
+        model = merge(model, settings.method)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, pruned in masks.items():
+                parameters[name].masked_fill_(pruned, 0)
+    if settings.method == "lora":
+        after = held_out_loss(model, teacher, tokens[-n_held_out:], settings)
+        training["pruned_again"] = {"before": min(check["loss"] for check in curve), "after": after}
     for index in range(len(sparse.blocks)):
         prefix = f"{sparse.prefix}.{index}."
         with sparse.filled(index) as block:
@@ -270,8 +285,7 @@ def _distill_blocks(
             _keep_from_underflow_(sparse, index, here)
             write_shard(sparse, index, work.shard(index))
             work.finish(index, linears=_zeros(sparse, index), measured={"peak_rss_bytes": peak_rss_bytes()})
-    curve = [{"step": step, "loss": loss} for step, _, loss in state.curve]
-    return {"curve": curve}, {"curve": [{"step": step, "seconds": seconds} for step, seconds, _ in state.curve]}
+    return training, {"curve": [{"step": step, "seconds": seconds} for step, seconds, _ in state.curve]}
 
 
 @torch.no_grad()

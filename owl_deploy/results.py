@@ -116,7 +116,7 @@ def print_recovery(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     training = facts["recovery"]
-    if training["method"] == "distill":
+    if "curve" in training:
         table = Table("step", "held-out loss", title="KL divergence from the dense model, nats per token")
         for check in training["curve"]:
             table.add_row(str(check["step"]), f"{check['loss']:.4g}")
@@ -126,6 +126,9 @@ def print_recovery(facts: dict[str, Any]) -> None:
             table.add_row(str(block["index"]), f"{block['before']:.4g}", f"{block['after']:.4g}")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     click.echo(f"{facts['seconds']:.0f} s, peak memory {facts['peak_rss_bytes'] / 2**30:.2f} GiB")
+    if "pruned_again" in training:
+        before, after = (training["pruned_again"][key] for key in ("before", "after"))
+        click.echo(f"Pruning again after merging: held-out loss {before:.4g} to {after:.4g}")
     click.echo(f"Checkpoint: {facts['checkpoint']}, with the zeros it had (mask {facts['mask_sha256'][:16]})")
 
 

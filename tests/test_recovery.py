@@ -443,7 +443,14 @@ def test_distillation_that_diverges_is_one_sentence(models: tuple[Path, Path], t
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 2.0}, {"n_checks": 3}, {"method": "distill", "targets": "prefix"}]
+    "settings",
+    [
+        {"temperature": 2.0},
+        {"n_checks": 3},
+        {"method": "distill", "targets": "prefix"},
+        {"method": "distill", "rank": 4},
+        {"method": "spp", "targets": "prefix"},
+    ],
 )
 def test_settings_of_another_method_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="is not for method"):
