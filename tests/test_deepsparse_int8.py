@@ -147,7 +147,7 @@ def test_artifact_passes_its_gate_in_deepsparse(tmp_path: Path) -> None:
         ({"target": "deepsparse", "precision": "int8", "weights": "sparse-initializer"}, "needs weights dense"),
         ({"target": "deepsparse", "precision": "int4"}, "precision int4 needs weights sparse-operator"),
         ({"target": "deepsparse", "precision": "int8", "head_precision": "int8"}, "head_precision int8 needs"),
-        ({"n_samples": 4}, "n_samples 4 needs target deepsparse of precision int8"),
+        ({"n_samples": 4}, "n_samples 4 needs rounding gptq, or target deepsparse of precision int8"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
