@@ -6,7 +6,7 @@ What a method computes is not known here, nor where the goals come from, nor wha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,15 @@ from owl_deploy.replicas import Replicas
 from owl_deploy.skeleton import Prunable, Skeleton
 from owl_deploy.statistics import InputStatistic, SquaredNorm
 
-__all__ = ["forward_dtype", "mask_sha256", "prune_block_", "prune_linear", "statistic_kinds"]
+__all__ = [
+    "forward_dtype",
+    "mask_sha256",
+    "prune_block_",
+    "prune_linear",
+    "statistic_kinds",
+    "whole_mask_sha256",
+    "zero_facts",
+]
 
 
 def statistic_kinds(settings: PruneSettings) -> tuple[Callable[[int], InputStatistic], ...]:
@@ -140,18 +148,30 @@ def _linear_facts(
     name: str, linear: Prunable, weight: torch.Tensor, goal: Goal, notes: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what owl.json says of a pruned linear; zeros are counted in the type that is stored."""
+    return {
+        **zero_facts(name, weight),
+        "asked": goal.pattern.sparsity if goal.pattern else goal.sparsity,
+        **({"role": linear.role} if linear.role != "other" else {}),
+        **({"notes": dict(notes)} if notes else {}),
+    }
+
+
+def zero_facts(name: str, weight: torch.Tensor) -> dict[str, Any]:
+    """Return what owl.json says of the zeros of a linear, whoever made them; `weight` is (out, in)."""
     kept = (weight != 0).cpu()
     n_zeros = kept.numel() - int(kept.sum())
     return {
         "name": name,
         "shape": list(weight.shape),
-        "asked": goal.pattern.sparsity if goal.pattern else goal.sparsity,
         "sparsity": n_zeros / kept.numel(),
         "n_zeros": n_zeros,
         "mask_sha256": mask_sha256({name: kept}),
-        **({"role": linear.role} if linear.role != "other" else {}),
-        **({"notes": dict(notes)} if notes else {}),
     }
+
+
+def whole_mask_sha256(linears: Sequence[Mapping[str, Any]]) -> str:
+    """Return one hash of the masks of all linears, from their `zero_facts` in order."""
+    return hashlib.sha256("".join(fact["mask_sha256"] for fact in linears).encode()).hexdigest()
 
 
 def mask_sha256(masks: Mapping[str, torch.Tensor]) -> str:

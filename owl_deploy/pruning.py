@@ -12,7 +12,6 @@ output folder; a run that was stopped continues behind its last shard.
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import math
 import time
@@ -25,7 +24,7 @@ import torch
 
 from owl_deploy.allocation_file import save_allocation
 from owl_deploy.allocation_stage import allocate, needs_calibration
-from owl_deploy.block_pruning import forward_dtype, prune_block_, statistic_kinds
+from owl_deploy.block_pruning import forward_dtype, prune_block_, statistic_kinds, whole_mask_sha256
 from owl_deploy.calibration import Calibration, calibration_tokens, must_be_sampled
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.devices import resolve_devices
@@ -311,7 +310,7 @@ def _facts(
         **({settings.allocation: sparsities.tuning} if sparsities.tuning else {}),
         "blocks": blocks,
         "linears": linears,
-        "mask_sha256": hashlib.sha256("".join(fact["mask_sha256"] for fact in linears).encode()).hexdigest(),
+        "mask_sha256": whole_mask_sha256(linears),
     }
 
 

@@ -8,7 +8,6 @@ sets of hidden states. A finished block is a shard of the final checkpoint, so t
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from owl_deploy.adapters import attach, merge
-from owl_deploy.block_pruning import mask_sha256
+from owl_deploy.block_pruning import whole_mask_sha256, zero_facts
 from owl_deploy.block_recovery import pruned_positions, recover_block_
 from owl_deploy.calibration import calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -198,17 +197,17 @@ def _recover_blocks(
     dtype = resolve_products(settings.forward_dtype)
     inputs, wanted = _for_training(sparse.capture(tokens, dtype=dtype)), dense.capture(tokens)
     n_blocks = len(sparse.blocks)
-    n_left = sum(not work.is_finished(index) for index in range(n_blocks))
+    is_finished = [work.is_finished(index) for index in range(n_blocks)]  # each reads its shard whole
+    n_left = is_finished.count(False)
     budget = None if settings.budget is None else settings.budget * n_left / n_blocks
     began = time.monotonic()
     for index in range(n_blocks):
         started = time.monotonic()
-        is_done = work.is_finished(index)
         with dense.filled(index) as block:
             entering = wanted if settings.targets == "dense" else inputs
             targets = _outputs(block, BlockInputs(entering.hidden_states, wanted.arguments, wanted.dtype), index)
         with sparse.filled(index) as block:
-            if not is_done:
+            if not is_finished[index]:
                 prefix = f"{sparse.prefix}.{index}."
                 names = {linear.parameter.removeprefix(prefix) for linear in sparse.linears(index).values()}
                 masks = pruned_positions(block, sorted(names))
@@ -319,13 +318,7 @@ def _keep_from_underflow_(skeleton: Skeleton, index: int, masks: dict[str, torch
 
 def _zeros(skeleton: Skeleton, index: int) -> list[dict[str, Any]]:
     """Return what owl.json says of the linears of a filled block where nothing is known of their pruning."""
-    facts = []
-    for name, linear in skeleton.linears(index).items():
-        kept = (linear.weight != 0).cpu()
-        n_zeros = kept.numel() - int(kept.sum())
-        fact = {"name": name, "shape": list(kept.shape), "sparsity": n_zeros / kept.numel(), "n_zeros": n_zeros}
-        facts.append({**fact, "mask_sha256": mask_sha256({name: kept})})
-    return facts
+    return [zero_facts(name, linear.weight) for name, linear in skeleton.linears(index).items()]
 
 
 def _lineage(sparse: Skeleton, work: WorkFolder) -> dict[str, Any]:
@@ -341,5 +334,5 @@ def _lineage(sparse: Skeleton, work: WorkFolder) -> dict[str, Any]:
         **(manifest or {"kind": "checkpoint", "format_version": 1, "source": source}),
         "sparsity": {"linears": n_zeros / sum(sparse.n_weights()), "model": n_zeros / n_parameters},
         "linears": linears,
-        "mask_sha256": hashlib.sha256("".join(fact["mask_sha256"] for fact in linears).encode()).hexdigest(),
+        "mask_sha256": whole_mask_sha256(linears),
     }
