@@ -40,6 +40,7 @@ __all__ = [
     "read_weight",
     "smallest_encoding",
     "stored_tensor",
+    "write_dense_weights",
     "write_initializers",
 ]
 
@@ -182,6 +183,39 @@ def write_initializers(
         data.flush()
         os.fsync(data.fileno())
     onnx.save_model(model, folder / "model.onnx")
+    return stored
+
+
+def write_dense_weights(
+    model: onnx.ModelProto,
+    weights: Mapping[str, WeightSource],
+    checkpoint: TensorSource,
+    data: BinaryIO,
+    *,
+    n_steps: int,
+    on_step: OnStep,
+) -> list[StoredMatrix]:
+    """Add weights to `model` as they are; their bytes go to `data`.
+
+    Args:
+        model: changed in place.
+        weights: initializer name -> source.
+        checkpoint: gives the tensors.
+        data: the data file, written at its end.
+        n_steps: matrices in the whole file, for the progress told.
+        on_step: told of every weight.
+
+    Returns:
+        One entry per matrix; vectors are not listed.
+    """
+    stored = []
+    for done, (name, source) in enumerate(weights.items(), start=1):
+        array = read_weight(checkpoint, source)
+        model.graph.initializer.append(stored_tensor(name, array, data))
+        if array.ndim == 2:
+            shape, n_nonzeros = (array.shape[0], array.shape[1]), int(np.count_nonzero(array))
+            stored.append(StoredMatrix(name, shape, n_nonzeros, "dense", True, array.nbytes, array.nbytes))
+        on_step(Step("writing weights", done, n_steps, "dense"))
     return stored
 
 

@@ -18,8 +18,8 @@ from owl_deploy.export.initializers import (
     StoredMatrix,
     TensorSource,
     read_stacked,
-    read_weight,
     stored_tensor,
+    write_dense_weights,
 )
 from owl_deploy.export.int8_graph import Int8Linear, quantize_columns
 from owl_deploy.progress import OnStep, Step, silent
@@ -49,15 +49,8 @@ def write_int8_initializers(
         One entry per matrix; vectors are not listed.
     """
     n_steps = len(weights) + len(integers)
-    stored: list[StoredMatrix] = []
     with (folder / DATA_FILE).open("wb") as data:
-        for done, (name, source) in enumerate(weights.items(), start=1):
-            array = read_weight(checkpoint, source)
-            model.graph.initializer.append(stored_tensor(name, array, data))
-            if array.ndim == 2:
-                shape, n_nonzeros = (array.shape[0], array.shape[1]), int(np.count_nonzero(array))
-                stored.append(StoredMatrix(name, shape, n_nonzeros, "dense", True, array.nbytes, array.nbytes))
-            on_step(Step("writing weights", done, n_steps, "float32"))
+        stored = write_dense_weights(model, weights, checkpoint, data, n_steps=n_steps, on_step=on_step)
         for done, linear in enumerate(integers.values(), start=len(weights) + 1):
             weight = read_stacked(checkpoint, [f"{linear.name}.weight"])
             n_nonzeros = int(np.count_nonzero(weight))

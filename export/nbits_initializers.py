@@ -23,8 +23,8 @@ from owl_deploy.export.initializers import (
     TensorSource,
     external_tensor,
     read_stacked,
-    read_weight,
     stored_tensor,
+    write_dense_weights,
 )
 from owl_deploy.export.nbits_graph import BLOCK_SIZE, NBitsLinear
 from owl_deploy.progress import OnStep, Step, silent
@@ -59,15 +59,8 @@ def write_nbits_initializers(
         One entry per matrix; vectors are not listed.
     """
     n_steps = len(weights) + len(quantized)
-    stored: list[StoredMatrix] = []
     with (folder / DATA_FILE).open("wb") as data:
-        for done, (name, source) in enumerate(weights.items(), start=1):
-            array = read_weight(checkpoint, source)
-            model.graph.initializer.append(stored_tensor(name, array, data))
-            if array.ndim == 2:
-                shape, n_nonzeros = (array.shape[0], array.shape[1]), int(np.count_nonzero(array))
-                stored.append(StoredMatrix(name, shape, n_nonzeros, "dense", True, array.nbytes, array.nbytes))
-            on_step(Step("writing weights", done, n_steps, "dense"))
+        stored = write_dense_weights(model, weights, checkpoint, data, n_steps=n_steps, on_step=on_step)
         for done, linear in enumerate(quantized.values(), start=len(weights) + 1):
             stored.append(_write_matrix(model, linear, checkpoint, data))
             on_step(Step("writing weights", done, n_steps, linear.precision))

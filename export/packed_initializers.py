@@ -25,8 +25,8 @@ from owl_deploy.export.initializers import (
     TensorSource,
     external_tensor,
     read_stacked,
-    read_weight,
     stored_tensor,
+    write_dense_weights,
 )
 from owl_deploy.export.packed_graph import PackedLinear
 from owl_deploy.export.packing import Encoding, PackedHeader, pack_matrix, packed_bytes
@@ -77,17 +77,9 @@ def write_packed_initializers(
         OwlDeployError: a matrix does not fit the encoding or the precision.
     """
     n_steps = len(weights) + len(packed)
-    stored: list[StoredMatrix] = []
     upcoming = next(rounded, None)
     with (folder / DATA_FILE).open("wb") as data:
-        for done, (name, source) in enumerate(weights.items(), start=1):
-            array = read_weight(checkpoint, source)
-            model.graph.initializer.append(stored_tensor(name, array, data))
-            if array.ndim == 2:
-                n_nonzeros = int(np.count_nonzero(array))
-                shape = (array.shape[0], array.shape[1])
-                stored.append(StoredMatrix(name, shape, n_nonzeros, "dense", True, array.nbytes, array.nbytes))
-            on_step(Step("writing weights", done, n_steps, "dense"))
+        stored = write_dense_weights(model, weights, checkpoint, data, n_steps=n_steps, on_step=on_step)
         for done, linear in enumerate(packed.values(), start=len(weights) + 1):
             quantized = None
             if upcoming is not None and upcoming[0] == linear.name:
