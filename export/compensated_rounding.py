@@ -102,7 +102,8 @@ def round_and_compensate(nearest: Quantized, weight: torch.Tensor, hessian: Hess
     descending diag(H) ("act-order" of the official code, which costs nothing here, the grid being fixed before): w_j
     is replaced by its nearest value q, and the columns to come are moved by -(w_j - q) / U_jj U_j. A pruned weight has
     one value, zero, so that what earlier columns would have liked to move it by is passed on in turn. This is how
-    SparseGPT's joint mode (arXiv 2301.00774, section 3.5) quantises, but that the mask was chosen before.
+    SparseGPT's joint mode (arXiv 2301.00774, section 3.5) quantises, but that the mask was chosen before; which costs
+    nothing (`owl_deploy.bench.joint_rounding` measures it).
 
     Args:
         nearest: the matrix rounded to nearest: its scales and codebook are kept.
