@@ -36,7 +36,7 @@ from owl_deploy.export.unfilled_graph import UnfilledGraph
 from owl_deploy.generation import load_torch_model
 from owl_deploy.recipe import Precision
 
-__all__ = ["TracedGraph", "TracedWeights", "traced_graph"]
+__all__ = ["TracedGraph", "TracedWeights", "trace", "traced_graph"]
 
 _LARGE = 1024
 """Elements from which on a constant is a weight, to be stored outside of the graph."""
@@ -132,7 +132,7 @@ def traced_graph(
     config = checkpoint.config
     _refuse_variants(config)
     with tempfile.TemporaryDirectory(prefix="owl-deploy-") as folder:
-        path = _trace(checkpoint, Path(folder))
+        path = trace(checkpoint, Path(folder))
         model = ir.load(path)
         _clean_up(model)
         linears = _linears(model, set(checkpoint.tensors))
@@ -188,8 +188,12 @@ def _refuse_variants(config: Mapping[str, Any]) -> None:
         )
 
 
-def _trace(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Let optimum export the model; returns the file."""
+def trace(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Let optimum export the model into a folder, and return the file.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
     model = load_torch_model(checkpoint)
     log = logging.getLogger("optimum")
     level = log.level
