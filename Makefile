@@ -1,5 +1,6 @@
 # make demo: set up everything, then run the whole line on a real model.
 # make test: set up everything, then run lint, types and the tests of kernels and package.
+# make sbom: build the image and write its bill of materials.
 # make bench-kernels: time the kernels alone, then single products in every engine.
 
 PYTHON ?= python3.11
@@ -13,6 +14,9 @@ FUZZ_SECONDS ?= 30
 # An emulator is slow: it runs every tenth case.
 EMULATED_SHARE ?= 10
 BENCH_ARGUMENTS ?=
+# Any tool with build and run as docker has them, such as podman.
+DOCKER ?= docker
+IMAGE ?= owl-deploy
 
 # cmake and ninja are those of the environment, never the system's.
 CONFIGURE = $(BIN)/cmake -S $(KERNELS) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DOWL_KERNELS_TESTS=ON
@@ -20,7 +24,7 @@ BUILD = $(BIN)/cmake --build
 QEMU = qemu-aarch64 -L /usr/aarch64-linux-gnu
 
 .PHONY: demo test lint format setup bridge clean
-.PHONY: kernels-test kernels-sanitize kernels-aarch64 bench-kernels
+.PHONY: kernels-test kernels-sanitize kernels-aarch64 bench-kernels image sbom
 
 demo: setup bridge
 	$(BIN)/owl-deploy run recipes/quickstart.yaml --out runs/quickstart
@@ -83,6 +87,13 @@ bench-kernels: setup bridge
 	$(BUILD) build/kernels-test --target bench_kernels
 	build/kernels-test/bench_kernels $(BENCH_ARGUMENTS)
 	$(BIN)/python -m owl_deploy.bench.matmul
+
+image:
+	$(DOCKER) build -t $(IMAGE) .
+
+sbom: image
+	mkdir -p build
+	$(DOCKER) run --rm --network none --entrypoint cat $(IMAGE) /usr/share/owl-deploy/sbom.cdx.json > build/sbom.cdx.json
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache

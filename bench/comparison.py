@@ -29,17 +29,20 @@ _EVALUATION_KEYS = ("text", "tokens_sha256", "starts_with_bos", "window", "n_win
 
 @dataclass(frozen=True)
 class Workload:
-    """The rows that may be compared with each other: same phase, batch, prompt length and past length (tokens)."""
+    """The rows that may be compared with each other: same phase, batch and lengths (tokens)."""
 
     phase: str
     batch: int
     prompt_len: int
     past_len: int
+    n_new: int
     rows: tuple[Row, ...]
 
     @property
     def title(self) -> str:
         """What is run, in words."""
+        if self.phase == "generate":
+            return f"Generate, batch {self.batch}, prompt of {self.prompt_len} tokens, {self.n_new} new ones"
         length = (
             f"prompt of {self.prompt_len} tokens" if self.phase == "prefill" else f"{self.past_len} tokens of context"
         )
@@ -58,9 +61,10 @@ class Workload:
 
 def workloads_of(result: Result) -> list[Workload]:
     """Return the rows grouped by workload: decode before prefill, otherwise in the order measured."""
-    groups: dict[tuple[str, int, int, int], list[Row]] = {}
+    groups: dict[tuple[str, int, int, int, int], list[Row]] = {}
     for row in result["rows"]:
-        groups.setdefault((row["phase"], row["batch"], row["prompt_len"], row["past_len"]), []).append(row)
+        key = (row["phase"], row["batch"], row["prompt_len"], row["past_len"], row.get("n_new", 0))
+        groups.setdefault(key, []).append(row)
     ordered = sorted(groups.items(), key=lambda item: item[0][0] != "decode")
     return [Workload(*key, rows=tuple(rows)) for key, rows in ordered]
 

@@ -1,9 +1,9 @@
 """Conditions under which a bench result does not pass (`bench --fail-if`): a result and conditions in, failures out.
 
 A condition is asked of every row that has its quantity. A row passes over it that cannot have it: the baseline has no
-speed-up, prefill no bytes per step, and a failed engine nothing (it is a failure of its own). A row that should have it
-and does not fails it, for what is not known cannot be said to pass: a void speed-up, a perplexity that overflowed, a
-KL divergence without a reference. So does a condition that could be asked of no row at all.
+speed-up, prefill and generation no bytes per step, and a failed engine nothing (it is a failure of its own). A row that
+should have it and does not fails it, for what is not known cannot be said to pass: a void speed-up, a perplexity that
+overflowed, a KL divergence without a reference. So does a condition that could be asked of no row at all.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _failures(condition: Condition, result: Result) -> list[str]:
 def _can_have(quantity: str, row: Row) -> bool:
     if quantity.startswith("speedup"):
         return not row["is_baseline"]
-    return row["phase"] != "prefill" or quantity not in _DECODE_ONLY
+    return row["phase"] == "decode" or quantity not in _DECODE_ONLY
 
 
 def _finding(condition: Condition, row: Row, workload: Workload) -> str | None:

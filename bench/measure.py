@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -23,16 +23,22 @@ from numpy.typing import NDArray
 from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.bench.bandwidth import memory_bandwidth
 from owl_deploy.bench.machine import MachineWatch, machine_facts
-from owl_deploy.bench.statistics import speedup_interval, summary_ms
+from owl_deploy.bench.statistics import generation_summary, speedup_interval, summary_ms
 from owl_deploy.engines.bridge import LICENCE_NOTICE
 from owl_deploy.engines.peer import Peer
 from owl_deploy.engines.process import EngineProcess, open_engine
-from owl_deploy.errors import EngineUnavailableError, OwlDeployError, RecipeError, UnsupportedModelError
+from owl_deploy.errors import (
+    EngineFailedError,
+    EngineUnavailableError,
+    OwlDeployError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from owl_deploy.evaluation import Evaluation, evaluate
 from owl_deploy.files import file_sha256
 from owl_deploy.memory import available_bytes
 from owl_deploy.progress import OnStep, Step, silent
-from owl_deploy.recipe import BenchSettings, EvalSettings, PeerSettings
+from owl_deploy.recipe import BenchSettings, EvalSettings, PeerSettings, generation_lengths
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import commit, versions
 
@@ -41,7 +47,9 @@ __all__ = ["Workload", "measure_artifacts", "workloads"]
 _OUTSIDE_CLOCK = (
     "tokenisation, sampling, filling of the cache and, for ONNX Runtime, binding of its buffers; "
     "inside: one call of the engine, with the logits of its last token alone, as in generation, and the update of the "
-    "KV cache"
+    "KV cache. Generation has sampling inside too: ONNX Runtime runs it by the loop that serves, which reads long "
+    "prompts in chunks and makes text of each token, other engines by one call per token; time to first token is that "
+    "of the engine, with no queue and no network"
 )
 _BYTES_PER_STEP = (
     "weights that one decode step multiplies plus the keys and values it reads; ONNX Runtime holds sparse "
@@ -60,27 +68,51 @@ _PARITY_CLASS = {"bf16": "int8", "q8_0": "int8", "q4_0": "int4", "int8": "int8",
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing that every artifact and peer is timed at, batch 1."""
+    """One thing that every artifact and peer is timed at."""
 
-    phase: Literal["decode", "prefill"]
+    phase: Literal["decode", "prefill", "generate"]
     n_tokens: int
-    """Tokens per call: 1 for decode, the prompt's length for prefill."""
+    """Tokens per sequence and call: 1 for decode, else the prompt's length."""
     past_len: int
     """Tokens in the cache before the call."""
     n_samples: int
-    """Timed calls per round."""
+    """Timed calls per round; in generate, whole answers."""
+    n_new: int = 0
+    """Tokens that generate adds to the prompt."""
+    batch: int = 1
+    """Equal sequences per call."""
 
     @property
     def title(self) -> str:
         """Words for progress lines."""
-        return f"decode at {self.past_len} tokens" if self.phase == "decode" else f"prefill of {self.n_tokens} tokens"
+        several = f", batch {self.batch}" if self.batch > 1 else ""
+        if self.phase == "generate":
+            return f"generate {self.n_new} tokens after {self.n_tokens}"
+        if self.phase == "decode":
+            return f"decode at {self.past_len} tokens{several}"
+        return f"prefill of {self.n_tokens} tokens{several}"
+
+    @property
+    def n_positions(self) -> int:
+        """Tokens in the cache at most."""
+        return self.past_len + self.n_tokens + self.n_new
 
 
 def workloads(settings: BenchSettings) -> list[Workload]:
     """Expand settings into workloads."""
-    decode = [Workload("decode", 1, past_len, settings.decode_samples) for past_len in settings.past_len]
-    prefill = [Workload("prefill", length, 0, settings.prefill_samples) for length in settings.prompt_len]
-    return [*decode, *prefill]
+    decode = [
+        Workload("decode", 1, past_len, settings.decode_samples, batch=batch)
+        for batch in settings.batch
+        for past_len in settings.past_len
+    ]
+    prefill = [
+        Workload("prefill", length, 0, settings.prefill_samples, batch=batch)
+        for batch in settings.batch
+        for length in settings.prompt_len
+    ]
+    lengths = map(generation_lengths, settings.generate)
+    generate = [Workload("generate", n_prompt, 0, 1, n_new) for n_prompt, n_new in lengths]
+    return [*decode, *prefill, *generate]
 
 
 @dataclass
@@ -90,6 +122,8 @@ class _Case:
     artifact: OnnxArtifact | Peer
     engine: EngineProcess | None = None
     rounds: list[list[int]] = field(default_factory=list)
+    generations: list[list[list[int]]] = field(default_factory=list)
+    """Of every round its answers: nanoseconds to the first token, and from each token to the next."""
     load_ms: float | None = None
     peak_rss_bytes: int | None = None
     reason: str | None = None
@@ -161,10 +195,15 @@ def measure_artifacts(
         "machine": {**machine_facts(count), "memory_bandwidth_bytes_per_s": bandwidth, **watch.facts()},
         "protocol": {
             "n_rounds": settings.rounds,
-            "samples_per_round": {"decode": settings.decode_samples, "prefill": settings.prefill_samples},
+            "samples_per_round": {
+                "decode": settings.decode_samples,
+                "prefill": settings.prefill_samples,
+                **({"generate": 1} if settings.generate else {}),
+            },
             "cold_calls_per_round": {
                 "decode": _n_cold(settings.decode_samples),
                 "prefill": _n_cold(settings.prefill_samples),
+                **({"generate": 0} if settings.generate else {}),
             },
             "warmup": f"until the median changes by less than {_STABLE:.0%} between batches, at most "
             f"{_MAX_WARMUPS} batches",
@@ -216,13 +255,13 @@ def _peers(
 
 
 def _check_lengths(artifacts: Sequence[OnnxArtifact | Peer], plan: list[Workload]) -> None:
-    longest = max(workload.past_len + workload.n_tokens for workload in plan)
+    longest = max(workload.n_positions for workload in plan)
     for artifact in artifacts:
         if longest > artifact.facts.max_positions:
             raise RecipeError(
                 f"{artifact.name} holds {artifact.facts.max_positions} positions and the longest workload "
                 f"needs {longest}: "
-                "lower past_len or prompt_len, or export with a larger max_positions"
+                "lower past_len, prompt_len or generate, or export with a larger max_positions"
             )
 
 
@@ -256,7 +295,8 @@ def _measure_workload(
     cases: list[_Case], workload: Workload, settings: BenchSettings, threads: int, seed: int, on_step: OnStep
 ) -> None:
     """Fill the cases with raw nanoseconds: open all engines, warm up, then time them in turn."""
-    needed = sum(2 * case.artifact.facts.bytes_dense for case in cases)
+    caches = sum(case.artifact.kv_bytes(workload.batch * workload.n_positions) for case in cases)
+    needed = caches + sum(2 * case.artifact.facts.bytes_dense for case in cases)
     if needed > available_bytes():
         raise OwlDeployError(
             f"{len(cases)} artifacts side by side may need {needed / 2**30:.1f} GiB and "
@@ -271,9 +311,12 @@ def _measure_workload(
                     open_engine(
                         case.artifact,
                         threads=threads,
-                        n_tokens=workload.n_tokens,
-                        capacity=workload.past_len + workload.n_tokens,
+                        # What is compiled for one length is compiled for the steps of a generation.
+                        n_tokens=1 if workload.phase == "generate" else workload.n_tokens,
+                        capacity=_capacity(case.artifact, workload),
                         last_logits_only=True,
+                        batch=workload.batch,
+                        is_serving=workload.phase == "generate",
                         timeout_s=settings.timeout_s,
                     )
                 )
@@ -298,10 +341,28 @@ def _warm_up(engine: EngineProcess, tokens: NDArray[np.int64], workload: Workloa
     """Run batches until two in a row have nearly the same median."""
     before = float("inf")
     for _ in range(_MAX_WARMUPS):
-        median = float(np.median(engine.measure(tokens, workload.past_len, workload.n_samples)))
+        if workload.phase == "generate":
+            samples = [sum(answer) for answer in _answers(engine, tokens, workload)]
+        else:
+            samples = engine.measure(tokens, workload.past_len, workload.n_samples)
+        median = float(np.median(samples))
         if abs(median - before) < _STABLE * median:
             return
         before = median
+
+
+def _answers(engine: EngineProcess, tokens: NDArray[np.int64], workload: Workload) -> list[list[int]]:
+    """Return the nanoseconds of one round's answers, each of `n_new` tokens."""
+    answers = engine.generate(tokens, workload.n_new, workload.n_samples)
+    if any(len(answer) != workload.n_new or min(answer) <= 0 for answer in answers):
+        raise EngineFailedError(f"{engine.engine} did not generate {workload.n_new} tokens as it was asked to")
+    return answers
+
+
+def _capacity(artifact: OnnxArtifact | Peer, workload: Workload) -> int:
+    """Return the positions of the cache. OpenVINO's timed steps follow one another: see its session."""
+    steps_on = artifact.facts.target == "openvino" and workload.phase == "decode"
+    return workload.n_positions + (2 * workload.n_samples if steps_on else 0)
 
 
 def _n_cold(n_samples: int) -> int:
@@ -314,6 +375,12 @@ def _measure_round(case: _Case, engine: EngineProcess, workload: Workload, seed:
     try:
         tokens = _tokens(case.artifact, workload, seed)
         n_cold = _n_cold(workload.n_samples)
+        if workload.phase == "generate":
+            answers = _answers(engine, tokens, workload)
+            case.generations.append(answers)
+            case.rounds.append([sum(answer) for answer in answers])
+            case.peak_rss_bytes = engine.peak_rss_bytes()
+            return
         case.rounds.append(engine.measure(tokens, workload.past_len, n_cold + workload.n_samples)[n_cold:])
         case.peak_rss_bytes = engine.peak_rss_bytes()
     except EngineUnavailableError as error:
@@ -339,7 +406,11 @@ def _rows(
         speedup = None
         if is_ok and reference.reason is None:
             interval = speedup_interval(reference.rounds, case.rounds, seed=seed)
-            speedup = {"p50": interval.p50, "low": interval.low, "high": interval.high}
+            speedup = asdict(interval)
+        generation = None
+        if is_ok and case.generations:
+            measured = reference.generations if reference.reason is None else None
+            generation = generation_summary(case.generations, measured, seed=seed)
         step_bytes = _bytes_per_step(artifact, workload)
         quality = qualities[artifact.name]
         rows.append(
@@ -350,15 +421,20 @@ def _rows(
                 "precision": facts.precision,
                 "sparsity": facts.sparsity["linears"],
                 "phase": workload.phase,
-                "batch": 1,
+                "batch": workload.batch,
                 "threads": threads,
-                "prompt_len": workload.n_tokens if workload.phase == "prefill" else 0,
+                "prompt_len": 0 if workload.phase == "decode" else workload.n_tokens,
                 "past_len": workload.past_len,
+                "n_new": workload.n_new,
                 "status": "ok" if is_ok else "failed",
                 "reason": case.reason,
                 "ms": ms,
-                "tokens_per_s": workload.n_tokens * 1e3 / ms["p50"] if ms else None,
+                "tokens_per_s": workload.batch * (workload.n_new or workload.n_tokens) * 1e3 / ms["p50"]
+                if ms
+                else None,
                 "speedup": speedup,
+                "generation": generation,
+                "generations_ns": case.generations,
                 "is_baseline": artifact.name == baseline,
                 "bytes_per_step": step_bytes,
                 "ceiling_fraction": step_bytes / bandwidth * 1e3 / ms["p50"] if ms and step_bytes else None,
@@ -380,7 +456,16 @@ def _rows(
 
 def _missing_row(peer: PeerSettings, reason: str, workload: Workload, threads: int) -> dict[str, Any]:
     """Return the row of a peer that cannot be measured."""
-    unknown = ("ms", "tokens_per_s", "speedup", "bytes_per_step", "ceiling_fraction", "peak_rss_bytes", "load_ms")
+    unknown = (
+        "ms",
+        "tokens_per_s",
+        "speedup",
+        "generation",
+        "bytes_per_step",
+        "ceiling_fraction",
+        "peak_rss_bytes",
+        "load_ms",
+    )
     unmeasured = ("perplexity", "kl_divergence", "top1_agreement", "evaluation", "parity")
     return {
         "engine": peer.engine,
@@ -389,14 +474,16 @@ def _missing_row(peer: PeerSettings, reason: str, workload: Workload, threads: i
         "precision": peer.precision or "as exported",
         "sparsity": 0.0,
         "phase": workload.phase,
-        "batch": 1,
+        "batch": workload.batch,
         "threads": threads,
-        "prompt_len": workload.n_tokens if workload.phase == "prefill" else 0,
+        "prompt_len": 0 if workload.phase == "decode" else workload.n_tokens,
         "past_len": workload.past_len,
+        "n_new": workload.n_new,
         "status": "failed",
         "reason": reason,
         "is_baseline": False,
         "samples_ns": [],
+        "generations_ns": [],
         "notes": [],
         **dict.fromkeys((*unknown, *unmeasured)),
     }
@@ -434,7 +521,7 @@ def _bytes_per_step(artifact: OnnxArtifact | Peer, workload: Workload) -> int | 
         return None
     step_bytes = artifact.facts.bytes_per_decode_step
     held = "nonzero" if artifact.facts.target == "deepsparse" else "dense"
-    return step_bytes.get("stored", step_bytes[held]) + artifact.kv_bytes(workload.past_len)
+    return step_bytes.get("stored", step_bytes[held]) + workload.batch * artifact.kv_bytes(workload.past_len)
 
 
 def _profile(artifact: OnnxArtifact) -> dict[str, Any] | None:

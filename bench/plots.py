@@ -101,9 +101,9 @@ def latency_plot(name: str, title: str, rows: Sequence[Row], colours: dict[str, 
         {"x": 0, "y": y, "xref": "x", "yref": "y", "xanchor": "left", "yanchor": "bottom", "yshift": 8, "text": text}
         for y, text in zip(positions, labels, strict=True)
     ]
-    layout = _layout(
+    layout = figure_layout(
         height=64 + 58 * len(rows),
-        xaxis=_axis("milliseconds, shorter is better", rangemode="tozero", fixedrange=True),
+        xaxis=figure_axis("milliseconds, shorter is better", rangemode="tozero", fixedrange=True),
         yaxis={"visible": False, "range": [len(rows) - 0.5, -0.9], "fixedrange": True},
         annotations=[note | {"showarrow": False, "align": "left"} for note in notes],
         margin={"l": 8, "r": 16, "t": 4, "b": 48},
@@ -141,7 +141,7 @@ def speedup_plot(name: str, title: str, rows: Sequence[Row], colours: dict[str, 
         points = sorted((row for row in shown if series_name(row) == series), key=lambda row: float(row["sparsity"]))
         middle = [row["speedup"]["p50"] for row in points]
         data.append(
-            _line(series, colours[series])
+            series_line(series, colours[series])
             | {
                 "x": [100 * row["sparsity"] for row in points],
                 "y": middle,
@@ -156,10 +156,10 @@ def speedup_plot(name: str, title: str, rows: Sequence[Row], colours: dict[str, 
                 "hovertemplate": "%{x:.1f} % sparse: %{y:.2f}x (%{customdata})<extra>%{fullData.name}</extra>",
             }
         )
-    layout = _layout(
+    layout = figure_layout(
         height=330 + 20 * len(data),
-        xaxis=_axis("sparsity, %", range=[-4, 104], fixedrange=True),
-        yaxis=_axis("speed-up, times the baseline", rangemode="tozero", fixedrange=True),
+        xaxis=figure_axis("sparsity, %", range=[-4, 104], fixedrange=True),
+        yaxis=figure_axis("speed-up, times the baseline", rangemode="tozero", fixedrange=True),
         shapes=[_level(1.0)],
         annotations=[_level_label(1.0, "baseline", "right", "bottom")],
     )
@@ -190,7 +190,7 @@ def quality_plot(name: str, title: str, rows: Sequence[Row], colours: dict[str, 
     for series in dict.fromkeys(series_name(row) for row in shown):
         points = [row for row in shown if series_name(row) == series]
         data.append(
-            _line(series, colours[series])
+            series_line(series, colours[series])
             | {
                 "mode": "markers+text",
                 "x": [row["speedup"]["p50"] for row in points],
@@ -203,11 +203,11 @@ def quality_plot(name: str, title: str, rows: Sequence[Row], colours: dict[str, 
             }
         )
     fastest = max(row["speedup"]["p50"] for row in shown)
-    ticks = _ticks([row["perplexity"] for row in shown])
-    layout = _layout(
+    ticks = log_ticks([row["perplexity"] for row in shown])
+    layout = figure_layout(
         height=330 + 20 * len(data),
-        xaxis=_axis("speed-up, times the baseline", range=[0, 1.12 * max(1.0, fastest)], fixedrange=True),
-        yaxis=_axis(
+        xaxis=figure_axis("speed-up, times the baseline", range=[0, 1.12 * max(1.0, fastest)], fixedrange=True),
+        yaxis=figure_axis(
             "perplexity, lower is better",
             type="log",
             range=[math.log10(ticks[0]), math.log10(ticks[-1])],
@@ -248,9 +248,9 @@ def profile_plot(name: str, profiles: Iterable[dict[str, Any]]) -> Plot | None:
         sparsities = [100 * block["sparsity"] for block in profile["blocks"]]
         outliers = [block.get("outlier_ratio") for block in profile["blocks"]]
         data.append(
-            _line("", number)
+            series_line("", number)
             | {
-                "name": f"{_text(artifacts[key][0] + others)}<br>{_text(how)}",
+                "name": f"{plain_text(artifacts[key][0] + others)}<br>{plain_text(how)}",
                 "x": [block["index"] for block in profile["blocks"]],
                 "y": sparsities,
                 "customdata": ["" if ratio is None else f"<br>outlier ratio {ratio:.3g}" for ratio in outliers],
@@ -260,10 +260,10 @@ def profile_plot(name: str, profiles: Iterable[dict[str, Any]]) -> Plot | None:
         spread = f"from {min(sparsities):.1f} to {max(sparsities):.1f} %" if sparsities else "no blocks"
         said.append(f"{artifacts[key][0]}{others} ({how}) {spread}")
     targets = sorted({float(profile["target"]) for profile in distinct.values()})
-    layout = _layout(
+    layout = figure_layout(
         height=330 + 20 * len(data),
-        xaxis=_axis("decoder block, from the input", fixedrange=True),
-        yaxis=_axis("sparsity, %", fixedrange=True),
+        xaxis=figure_axis("decoder block, from the input", fixedrange=True),
+        yaxis=figure_axis("sparsity, %", fixedrange=True),
         shapes=[_level(100 * target) for target in targets],
         annotations=[_level_label(100 * target, percent(target), "left", "middle") for target in targets],
         margin={"l": 56, "r": 52, "t": 12, "b": 48},
@@ -277,7 +277,7 @@ def profile_plot(name: str, profiles: Iterable[dict[str, Any]]) -> Plot | None:
     )
 
 
-def _layout(**settings: Any) -> dict[str, Any]:
+def figure_layout(**settings: Any) -> dict[str, Any]:
     """Return a layout with what all figures share; the page's style sheet paints the text."""
     shared = {
         "font": {"family": "system-ui, sans-serif", "size": 12},
@@ -292,11 +292,12 @@ def _layout(**settings: Any) -> dict[str, Any]:
     return shared | settings
 
 
-def _axis(title: str, **settings: Any) -> dict[str, Any]:
+def figure_axis(title: str, **settings: Any) -> dict[str, Any]:
+    """Return an axis with what all axes share."""
     return {"title": {"text": title}, "automargin": True, "zeroline": False} | settings
 
 
-def _ticks(values: Sequence[float]) -> list[int]:
+def log_ticks(values: Sequence[float]) -> list[int]:
     """Return the numbers 1, 2, 5, 10, 20, ... from the last not above all values (1 or more) to the first not below."""
     series = [digit * 10**exponent for exponent in range(len(f"{max(values):.0f}") + 1) for digit in (1, 2, 5)]
     first = max(tick for tick in series if tick <= max(1.0, min(values)))
@@ -304,12 +305,12 @@ def _ticks(values: Sequence[float]) -> list[int]:
     return [tick for tick in series if first <= tick <= last]
 
 
-def _line(series: str, number: int) -> dict[str, Any]:
+def series_line(series: str, number: int) -> dict[str, Any]:
     """Return a named line with markers, its colour and symbol taken by number."""
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": _text(series),
+        "name": plain_text(series),
         "line": {"color": _colour(number), "width": 2},
         "marker": {"color": _colour(number), "size": 9, "symbol": _SYMBOLS[number % len(_SYMBOLS)]},
     }
@@ -335,7 +336,7 @@ def _level_label(y: float, text: str, xanchor: str, yanchor: str) -> dict[str, A
 def _bar_label(row: Row) -> str:
     """Return two lines: the time and what ran; its sparsity and quality, since a speed alone would flatter."""
     time = f"{number(row['ms']['p50'])} ms" if row["ms"] else "failed"
-    return f"<b>{time}</b> {_text(series_name(row))}<br>{percent(row['sparsity'])} sparse{_quality(row)}"
+    return f"<b>{time}</b> {plain_text(series_name(row))}<br>{percent(row['sparsity'])} sparse{_quality(row)}"
 
 
 def _quality(row: Row) -> str:
@@ -355,7 +356,7 @@ def _colour(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
-def _text(text: str) -> str:
+def plain_text(text: str) -> str:
     """Return text that plotly.js shows as it is: it would read tags, and break the line nowhere."""
     short = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
     return html.escape(short, quote=False)

@@ -101,7 +101,8 @@ def _table(comparison: ReportComparison, *, as_markdown: bool) -> Table:
 
 def _cells(pair: RowPair, reasons: list[str]) -> tuple[str, ...]:
     row, load = pair.b, pair.workload
-    length = f"len {load.prompt_len}" if load.phase == "prefill" else f"past {load.past_len}"
+    lengths = {"prefill": f"len {load.prompt_len}", "generate": f"{load.prompt_len}x{load.n_new}"}
+    length = lengths.get(load.phase, f"past {load.past_len}")
     batch = f"\nbatch {load.batch}" if load.batch != 1 else ""
     ms = (
         number(summary_ms(side["samples_ns"])["p50"]) if side["status"] == "ok" else BLANK for side in (pair.a, pair.b)

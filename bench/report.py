@@ -12,7 +12,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -59,6 +59,14 @@ Facts: TypeAlias = list[tuple[str, str]]
 DEFINITIONS: Facts = [
     ("decode", "One step with a filled KV cache: one new token per sequence of the batch."),
     ("prefill", "The whole prompt at once, from an empty KV cache, up to the logits of its last token."),
+    (
+        "generate",
+        "A prompt answered greedily with a fixed number of tokens, from the request to the last one; speed-up and "
+        "tokens/s (new tokens) are those of this whole time.",
+    ),
+    ("TTFT", "Time to first token: from the request, in the engine, to the first new token."),
+    ("ITL", "Inter-token latency: the gaps between successive new tokens, the first token's time left out."),
+    ("TPOT", "Time per output token: (whole time - TTFT) / (new tokens - 1), one number per answer; the median."),
     ("p50, p90, p99", "Percentiles over all samples of all rounds, in milliseconds. p99 only from 100 samples up."),
     (
         "tokens/s",
@@ -92,16 +100,24 @@ DEFINITIONS: Facts = [
 HOW_TO_READ = "In brackets: the 95 % interval of the speed-up, and the change of perplexity against the baseline."
 
 
-def write_report(result: Result, folder: Path) -> None:
+def write_report(
+    result: Result, folder: Path, *, lead: Sequence[str] | None = None, plots: Sequence[Plot] = ()
+) -> None:
     """Write report.json, report.md and report.html into `folder`, all or none; a folder already there is replaced.
 
     A number that is not finite becomes null: JSON has no other word for "unknown".
+
+    Args:
+        result: what was measured.
+        folder: to write.
+        lead: sentences in place of the verdict and the findings.
+        plots: to be shown before the others.
     """
-    known: Result = _without_nan(result)
+    known: Result = without_nan(result)
     with new_folder(folder, replace=True) as temporary:
         write_json(temporary / "report.json", known)
-        (temporary / "report.md").write_text(markdown(known), encoding="utf-8")
-        (temporary / "report.html").write_text(html_page(known), encoding="utf-8")
+        (temporary / "report.md").write_text(markdown(known, lead=lead), encoding="utf-8")
+        (temporary / "report.html").write_text(html_page(known, lead=lead, plots=plots), encoding="utf-8")
 
 
 # The cells: what a row says in each column, the same words on every page.
@@ -115,6 +131,18 @@ class Column:
     cell: Callable[[Row, Row | None], str]
 
 
+def _generation_cell(metric: str, figure: str) -> Callable[[Row, Row | None], str]:
+    return lambda row, _: number(row["generation"][metric][figure]) if row.get("generation") else BLANK
+
+
+_GENERATION_COLUMNS = [
+    Column("TTFT ms", _generation_cell("ttft_ms", "p50")),
+    Column("ITL p50 ms", _generation_cell("itl_ms", "p50")),
+    Column("ITL p90 ms", _generation_cell("itl_ms", "p90")),
+    Column("TPOT ms", _generation_cell("tpot_ms", "p50")),
+]
+
+
 def _columns(rows: Iterable[Row]) -> list[Column]:
     """Return the columns that have something to say about these rows."""
     rows = list(rows)
@@ -126,6 +154,7 @@ def _columns(rows: Iterable[Row]) -> list[Column]:
         *([Column("p99 ms", lambda row, _: number(row["ms"].get("p99")))] if has_p99 else []),
         Column("tokens/s", lambda row, _: number(row["tokens_per_s"])),
         Column("speed-up", _speedup_cell),
+        *(_GENERATION_COLUMNS if any(row.get("generation") for row in rows) else []),
         Column("bytes/step", lambda row, _: _decimal_bytes(row.get("bytes_per_step"))),
         Column("of ceiling", lambda row, _: percent(row.get("ceiling_fraction"), digits=0)),
         Column("perplexity", _perplexity_cell),
@@ -209,7 +238,7 @@ def _protocol_facts(result: Result) -> Facts:
     ]
 
 
-def _origin_facts(result: Result) -> Facts:
+def origin_facts(result: Result) -> Facts:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return [("made", result["created"]), ("commit", result.get("commit") or "unknown"), ("versions", versions)]
 
@@ -240,22 +269,23 @@ def _engine(row: Row) -> str:
 # Markdown.
 
 
-def markdown(result: Result) -> str:
+def markdown(result: Result, *, lead: Sequence[str] | None = None) -> str:
     """Return the report as GitHub-flavoured Markdown, one table per workload."""
+    first, *others = lead or [verdict(result), *findings(result)]
     parts = [
         "# Latency report",
-        f"**{_markdown_text(verdict(result))}**",
-        *[_markdown_text(sentence) for sentence in findings(result)],
-        *_markdown_list("What weakens these figures", cautions(result)),
+        f"**{markdown_text(first)}**",
+        *[markdown_text(sentence) for sentence in others],
+        *markdown_list("What weakens these figures", cautions(result)),
         HOW_TO_READ,
         *[part for workload in workloads_of(result) for part in _markdown_workload(workload)],
-        *_markdown_facts("Machine", machine_lines(result["machine"])),
-        *_markdown_facts("Protocol", _protocol_facts(result)),
-        *_markdown_facts("Definitions", DEFINITIONS),
-        *_markdown_list("Notes", _notes(result)),
-        *_markdown_facts("Origin", _origin_facts(result)),
+        *markdown_facts("Machine", machine_lines(result["machine"])),
+        *markdown_facts("Protocol", _protocol_facts(result)),
+        *markdown_facts("Definitions", DEFINITIONS),
+        *markdown_list("Notes", _notes(result)),
+        *markdown_facts("Origin", origin_facts(result)),
         "Command:",
-        _code_block(result["command"]),
+        code_block(result["command"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -263,35 +293,35 @@ def markdown(result: Result) -> str:
 def _markdown_workload(workload: Workload) -> list[str]:
     columns = _columns(workload.rows)
     head = ["engine", "weights", "artifact", *(column.heading for column in columns)]
-    lines = [_markdown_line(head), "|" + " --- |" * 3 + " ---: |" * len(columns)]
+    lines = [markdown_line(head), "|" + " --- |" * 3 + " ---: |" * len(columns)]
     for row in workload.rows:
         cells = [_engine(row), f"{row['weights']} {row['precision']}", row["artifact"]]
         if row["status"] == "ok":
             cells += [column.cell(row, workload.baseline) for column in columns]
         else:
             cells += [percent(row["sparsity"]), _failure(row), *[""] * (len(columns) - 2)]
-        lines.append(_markdown_line(cells))
+        lines.append(markdown_line(cells))
     return [f"## {workload.title}", "\n".join(lines)]
 
 
-def _markdown_line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_markdown_text(cell) for cell in cells) + " |"
+def markdown_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 
 
-def _markdown_facts(heading: str, facts: Facts) -> list[str]:
-    return [f"## {heading}", "\n".join(f"- {_markdown_text(term)}: {_markdown_text(value)}" for term, value in facts)]
+def markdown_facts(heading: str, facts: Facts) -> list[str]:
+    return [f"## {heading}", "\n".join(f"- {markdown_text(term)}: {markdown_text(value)}" for term, value in facts)]
 
 
-def _markdown_list(heading: str, sentences: list[str]) -> list[str]:
-    return [f"## {heading}", "\n".join(f"- {_markdown_text(sentence)}" for sentence in sentences)] if sentences else []
+def markdown_list(heading: str, sentences: list[str]) -> list[str]:
+    return [f"## {heading}", "\n".join(f"- {markdown_text(sentence)}" for sentence in sentences)] if sentences else []
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Return text on one line with what Markdown and HTML would act on escaped."""
     return "".join(f"\\{letter}" if letter in "\\`*[]<>|&" else letter for letter in printable(text))
 
 
-def _code_block(text: str) -> str:
+def code_block(text: str) -> str:
     return "    " + printable(text)
 
 
@@ -317,7 +347,8 @@ def terminal_table(result: Result) -> Table:
 
 def _terminal_cells(workload: Workload, row: Row, failures: list[str]) -> list[str]:
     """Return the cells of one row; a failed one names its reason by its place in `failures`."""
-    length = f"len {workload.prompt_len}" if workload.phase == "prefill" else f"past {workload.past_len}"
+    lengths = {"prefill": f"len {workload.prompt_len}", "generate": f"{workload.prompt_len}x{workload.n_new}"}
+    length = lengths.get(workload.phase, f"past {workload.past_len}")
     batch = f"\nbatch {workload.batch}" if workload.batch > 1 else ""
     cells = [
         f"{printable(row['engine'])}\n{printable(row['artifact'])}",
@@ -349,22 +380,23 @@ def _short(weights: str) -> str:
 # HTML.
 
 
-def html_page(result: Result) -> str:
+def html_page(result: Result, *, lead: Sequence[str] | None = None, plots: Sequence[Plot] = ()) -> str:
     """Return the report as one HTML page that loads nothing: plotly.js and all figures are inside."""
+    first, *others = lead or [verdict(result), *findings(result)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["csp_hash"] = _csp_hash
+    environment.filters["csp_hash"] = csp_hash
     template = environment.from_string((files("owl_deploy.bench") / "page.html.j2").read_text(encoding="utf-8"))
     plotly = (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     return template.render(
-        verdict=verdict(result),
-        findings=findings(result),
+        verdict=first,
+        findings=others,
         cautions=cautions(result),
-        plots=_plots(result),
+        plots=[*plots, *_plots(result)],
         tables=[_html_table(workload) for workload in workloads_of(result)],
         fact_lists=[
             ("Protocol", _protocol_facts(result)),
             ("Machine", machine_lines(result["machine"])),
-            ("Origin", _origin_facts(result)),
+            ("Origin", origin_facts(result)),
             ("Definitions", DEFINITIONS),
         ],
         how_to_read=HOW_TO_READ,
@@ -414,7 +446,7 @@ def _html_table(workload: Workload) -> dict[str, Any]:
     return {"title": workload.title, "headings": [column.heading for column in columns], "rows": rows}
 
 
-def _csp_hash(script: str) -> str:
+def csp_hash(script: str) -> str:
     """Return the hash by which the page's content security policy lets this script run, and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
@@ -426,12 +458,12 @@ def _failure(row: Row) -> str:
     return f"failed: {printable(row.get('reason') or 'no reason given')}"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Return the value with every number that is not finite replaced by None."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -93,6 +93,7 @@ def _problem(result: Any) -> str | None:
         place = ".".join(map(str, first["loc"])) or "the document"
         return f"{place}: {first['msg']}, found {shown(first['input'])}"
     for number, row in enumerate(result["rows"]):
+        row.setdefault("n_new", 0)  # reports of before there was generation
         for key in WORKLOAD_KEYS:
             if type(row.get(key)) not in (int, str):
                 return f"rows.{number}.{key}: should say what was run, found {shown(row.get(key))}"

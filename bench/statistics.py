@@ -4,8 +4,9 @@ Pure functions on numbers. A *round* is one visit to one engine; its samples are
 not know what was timed, on which machine, or how the figures are shown.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,13 @@ from numpy.typing import NDArray
 _NS_PER_MS = 1e6
 # Below 100 samples the 99th percentile is one of the two largest samples: an anecdote, so it is left out.
 _MIN_SAMPLES_FOR_P99 = 100
+
+
+_OF_AN_ANSWER: dict[str, Callable[[Sequence[int]], list[int]]] = {
+    "ttft_ms": lambda answer: [answer[0]],
+    "itl_ms": lambda answer: list(answer[1:]),
+    "tpot_ms": lambda answer: [round(sum(answer[1:]) / (len(answer) - 1))],
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,34 @@ def summary_ms(rounds: Sequence[Sequence[int]]) -> dict[str, float | int]:
     if len(samples_ns) >= _MIN_SAMPLES_FOR_P99:
         summary["p99"] = percentile(samples_ns, 99) / _NS_PER_MS
     return summary
+
+
+def generation_summary(
+    rounds: Sequence[Sequence[Sequence[int]]],
+    baseline_rounds: Sequence[Sequence[Sequence[int]]] | None = None,
+    *,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Summarise answers: time to first token (TTFT), gaps between tokens (ITL), and mean time per token (TPOT).
+
+    Args:
+        rounds: per round its answers, each of two tokens or more: nanoseconds to the first one, then the gaps.
+        baseline_rounds: those of the baseline; None when there are none to compare with.
+        seed: of the bootstrap.
+
+    Returns:
+        `ttft_ms`, `itl_ms`, `tpot_ms`: each as `summary_ms` has it, with `speedup` {p50, low, high} or None. TPOT is
+        one number per answer, (end - first token) / (tokens - 1).
+    """
+    summaries: dict[str, dict[str, Any]] = {}
+    for name, values_of in _OF_AN_ANSWER.items():
+        values = [[value for answer in answers for value in values_of(answer)] for answers in rounds]
+        speedup = None
+        if baseline_rounds is not None:
+            base = [[value for answer in answers for value in values_of(answer)] for answers in baseline_rounds]
+            speedup = asdict(speedup_interval(base, values, seed=seed))
+        summaries[name] = {**summary_ms(values), "speedup": speedup}
+    return summaries
 
 
 def speedup_interval(

@@ -93,6 +93,10 @@ def _sentence(workload: Workload) -> str:
 
 def _baseline_clause(workload: Workload, baseline: Row) -> str:
     time = f"{number(baseline['ms']['p50'])} ms"
+    if workload.phase == "generate":
+        return (
+            f"{_description(baseline)} answers a prompt of {workload.prompt_len} tokens with {workload.n_new} in {time}"
+        )
     if workload.phase == "prefill":
         prompts = "a prompt" if workload.batch == 1 else f"{workload.batch} prompts"
         return f"{_description(baseline)} reads {prompts} of {workload.prompt_len} tokens in {time}"

@@ -746,6 +746,13 @@ def compare(a: Path, b: Path, tolerance: float, seed: int, as_markdown: bool, as
 @click.option("--only", default="*", help="Make only the cells whose names fit, such as 'wanda-*-0.7'.  [default: all]")
 @click.option("--dry-run", is_flag=True, help="List the cells, in order, and which of them are finished.")
 @click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where cells are made: on this machine, or on the Ray cluster of RAY_ADDRESS, one to a machine at a time.",
+)
+@click.option(
     "--text",
     "texts",
     multiple=True,
@@ -761,6 +768,7 @@ def sweep(
     out: Path | None,
     only: str,
     dry_run: bool,
+    executor: str,
     texts: tuple[str, ...],
     offline: bool,
     quiet: bool,
@@ -768,6 +776,9 @@ def sweep(
     **flags: Any,
 ) -> None:
     """Prune a model in every way of a RECIPE's grid, measure the quality of each, and write one table.
+
+    A recipe with `export` and `bench` takes every cell along the whole line, beside the dense artifacts, and ends in a
+    report of the frontier: which quality can be had at which speed.
 
     Finished cells are kept: to go on after a stop, run the same command again.
 
@@ -777,8 +788,10 @@ def sweep(
     """
     settings = _overridden(load_recipe(recipe), flags, str(recipe))
     _prepare(offline)
+    from owl_deploy.bench.frontier_report import print_frontier
     from owl_deploy.sweep import plan, run_sweep
     from owl_deploy.sweep_grid import with_local_texts
+    from owl_deploy.sweep_line import has_line
 
     folder = out or Path("runs") / recipe.stem
     settings = with_local_texts(settings, texts)
@@ -789,15 +802,20 @@ def sweep(
         else:
             print_plan([(cell.name, is_finished) for cell, is_finished in cells])
         return
+    if executor == "ray":
+        from owl_deploy.sweep_cluster import run_sweep_on_cluster as run_sweep
     with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
         command = shlex.join(["owl-deploy", *sys.argv[1:]])
         result = run_sweep(settings, out=folder, only=only, command=command, offline=offline, on_step=progress)
     if as_json:
         print_json({"results": str(folder), **result})
+    elif has_line(settings):
+        print_frontier(folder)
     else:
         print_sweep(result, folder)
     if any(row["status"] == "failed" for row in result["rows"]):
-        click.echo(f"owl-deploy: a cell failed; its row says why ({folder / 'results.md'})", err=True)
+        table = folder / ("results.json" if has_line(settings) else "results.md")
+        click.echo(f"owl-deploy: a cell failed; its row says why ({table})", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -853,6 +871,36 @@ def serve(artifact: Path, as_json: bool, **flags: Any) -> None:
 
 
 @cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_out
+@click.option("--name", help="Name of the model, the image and the deployment.  [default: the artifact's folder]")
+@click.option("--unchecked", is_flag=True, help="Take an artifact that has not passed the parity gate of export.")
+@_force
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout.")
+def package(
+    artifact: Path, out: Path, name: str | None, unchecked: bool, force: bool, quiet: bool, as_json: bool
+) -> None:
+    """Write a folder that any container tool builds an artifact's serving image from.
+
+    It holds the Dockerfile, a wheel of this owl-deploy, the artifact, and files for Compose, Kubernetes and KServe.
+
+    \b
+    Example:
+      owl-deploy package runs/quickstart/artifacts/operator-int8 --out runs/quickstart/image
+    """
+    from owl_deploy.package_context import write_context
+
+    with TerminalProgress(is_quiet=quiet, before_step=_stop_if_asked) as progress:
+        context = write_context(artifact, out=out, name=name, unchecked=unchecked, force=force, on_step=progress)
+    if as_json:
+        print_json(asdict(context))
+    else:
+        click.echo(f"{context.context}: {len(context.files)} files, the artifact {context.artifact_bytes / 1e6:.1f} MB")
+        click.echo(f"Next: docker build -t {context.image} {shlex.quote(context.context)}")
+
+
+@cli.command()
 @click.option(
     "--threads", default="auto", show_default=True, help="Threads: auto (affinity and cgroup quota) or a number."
 )
@@ -886,10 +934,11 @@ def _engine_statuses() -> list[EngineStatus]:
     """Return the engines that there are, here or not."""
     from owl_deploy.engines.bridge import bridge_status
     from owl_deploy.engines.llama_cpp import LLAMA_CPP
+    from owl_deploy.engines.openvino import OPENVINO
     from owl_deploy.engines.status import library_status, onnxruntime_status
 
     libraries = [library_status("onnxruntime-genai"), library_status("torch")]
-    return [onnxruntime_status(), bridge_status(), LLAMA_CPP.status(), *libraries]
+    return [onnxruntime_status(), bridge_status(), LLAMA_CPP.status(), OPENVINO.status(), *libraries]
 
 
 @cli.group()
@@ -920,10 +969,10 @@ def list_engines(as_json: bool) -> None:
 
 
 @engines.command()
-@click.argument("engine", type=click.Choice(["deepsparse", "llama.cpp"]))
+@click.argument("engine", type=click.Choice(["deepsparse", "llama.cpp", "openvino"]))
 @click.option(
     "--python",
-    help="Interpreter (3.8 to 3.11 for deepsparse, 3.10 to 3.12 for llama.cpp) to build the environment with.  "
+    help="Interpreter (3.8 to 3.11 for deepsparse, 3.10 to 3.12 for the others) to build the environment with.  "
     "[default: the first that fits]",
 )
 def install(engine: str, python: str | None) -> None:
@@ -935,8 +984,9 @@ def install(engine: str, python: str | None) -> None:
     """
     from owl_deploy.engines.bridge import install_bridge
     from owl_deploy.engines.llama_cpp import LLAMA_CPP
+    from owl_deploy.engines.openvino import OPENVINO
 
-    installers = {"deepsparse": install_bridge, "llama.cpp": LLAMA_CPP.install}
+    installers = {"deepsparse": install_bridge, "llama.cpp": LLAMA_CPP.install, "openvino": OPENVINO.install}
     folder = installers[engine](python, lambda line: click.echo(line, err=True))
     click.echo(f"{engine}: {folder}")
 

@@ -19,6 +19,7 @@ from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.evaluation import Evaluation, evaluate
 from owl_deploy.export.writer import artifact_identity, export_onnx
 from owl_deploy.files import file_sha256
+from owl_deploy.machine_lock import busy_machine, quiet_machine
 from owl_deploy.progress import OnStep, silent
 from owl_deploy.pruning import prune, prune_versions
 from owl_deploy.recipe import ArtifactSettings, ExportSettings, Recipe
@@ -60,9 +61,12 @@ def run(
     force: bool = False,
     resume: bool = False,
     offline: bool = False,
+    load_before: float | None = None,
     on_step: OnStep = silent,
 ) -> RunResult:
     """Run all stages of a recipe.
+
+    Times are taken while no other job of owl-deploy that asks for the machine has it.
 
     Args:
         recipe: what to do.
@@ -70,29 +74,38 @@ def run(
         force: make everything anew, also what could be reused.
         resume: continue a pruning or a recovery that was stopped.
         offline: never ask a hub.
+        load_before: load average of the machine before its user's work began; read now when None.
         on_step: told of every step of every stage.
 
     Raises:
         OwlDeployError: and its subclasses; stages that had finished keep their results.
     """
-    load_before = os.getloadavg()[0]
+    load_before = os.getloadavg()[0] if load_before is None else load_before
     source = open_checkpoint(recipe.model, offline=offline)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = _pruned(
-        recipe, source, out / "checkpoint", force=force, resume=resume, offline=offline, on_step=on_step
-    )
-    models = {"dense": recipe.model, "pruned": str(checkpoint)}
-    if recipe.recover is not None:
-        checkpoint = _recovered(
-            recipe, source, checkpoint, out / "recovered", force=force, resume=resume, offline=offline, on_step=on_step
+    with busy_machine():
+        checkpoint = _pruned(
+            recipe, source, out / "checkpoint", force=force, resume=resume, offline=offline, on_step=on_step
         )
-        models["recovered"] = str(checkpoint)
-    artifacts = []
-    for settings in recipe.export:
-        model = models[settings.checkpoint]
-        artifacts.append(
-            _artifact(recipe, settings, model, out / "artifacts", force=force, offline=offline, on_step=on_step)
-        )
+        models = {"dense": recipe.model, "pruned": str(checkpoint)}
+        if recipe.recover is not None:
+            checkpoint = _recovered(
+                recipe,
+                source,
+                checkpoint,
+                out / "recovered",
+                force=force,
+                resume=resume,
+                offline=offline,
+                on_step=on_step,
+            )
+            models["recovered"] = str(checkpoint)
+        artifacts = []
+        for settings in recipe.export:
+            model = models[settings.checkpoint]
+            artifacts.append(
+                _artifact(recipe, settings, model, out / "artifacts", force=force, offline=offline, on_step=on_step)
+            )
     if recipe.bench is None:
         judged = []
         if "eval" in recipe.model_fields_set:
@@ -108,7 +121,8 @@ def run(
                 on_step=on_step,
             )
         return RunResult(checkpoint, artifacts, None, None, tuple(zip(judged, found, strict=True)))
-    measured = _report(recipe, artifacts, out / "report", load_before=load_before, force=force, on_step=on_step)
+    with quiet_machine():
+        measured = _report(recipe, artifacts, out / "report", load_before=load_before, force=force, on_step=on_step)
     return RunResult(checkpoint, artifacts, out / "report", measured)
 
 

@@ -481,17 +481,35 @@ class ArtifactSettings(ExportSettings):
     """Which model is exported: the one the recipe starts from, the pruned one, or what `recover` made of that."""
 
 
-_PEER_PRECISIONS = {"llama.cpp": ("f32", "q8_0", "q4_0"), "torch": ("fp32", "bf16"), "torch-compiled": ("fp32", "bf16")}
+_PEER_PRECISIONS = {
+    "llama.cpp": ("f32", "q8_0", "q4_0"),
+    "openvino": ("fp32", "int8", "int4"),
+    "torch": ("fp32", "bf16"),
+    "torch-compiled": ("fp32", "bf16"),
+}
+
+
+def generation_lengths(text: str) -> tuple[int, int]:
+    """Return the tokens of the prompt and the new ones of `128x64`; raises ValueError."""
+    found = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", text)
+    if found is None or found[2] == "1":
+        raise ValueError(f"must be PROMPTxNEW in tokens such as 128x64, at least two of them new; got {shown(text)}")
+    return int(found[1]), int(found[2])
+
+
+def _is_generation(text: str) -> str:
+    generation_lengths(text)
+    return text
 
 
 class PeerSettings(Settings):
     """Another engine that is measured beside the artifacts; ENGINE:PRECISION or onnxruntime-genai:ARTIFACT will do."""
 
-    engine: Literal["llama.cpp", "torch", "torch-compiled", "onnxruntime-genai"]
-    """llama.cpp, torch (eager) and torch-compiled run the dense model, onnxruntime-genai an artifact."""
+    engine: Literal["llama.cpp", "openvino", "torch", "torch-compiled", "onnxruntime-genai"]
+    """llama.cpp, openvino, torch (eager) and torch-compiled run the dense model, onnxruntime-genai an artifact."""
     precision: str = ""
-    """Of the weights, by the engine's own name: llama.cpp f32, q8_0 or q4_0, torch fp32 or bf16; the first one when not
-    given."""
+    """Of the weights, by the engine's own name: llama.cpp f32, q8_0 or q4_0, openvino fp32, int8 or int4, torch fp32 or
+    bf16; the first one when not given."""
     artifact: str = ""
     """onnxruntime-genai: name of the artifact."""
     name: Name = ""
@@ -540,14 +558,20 @@ class BenchSettings(Settings):
     """Timed decode steps per artifact and round."""
     prefill_samples: Annotated[int, Field(ge=1, le=_LARGEST)] = 2
     """Timed prefills per artifact and round."""
+    generate: tuple[Annotated[str, AfterValidator(_is_generation)], ...] = ()
+    """Greedy generation end to end, once per artifact and round, as PROMPTxNEW in tokens, such as 128x64: the times to
+    the first token, between tokens and per token, one sequence at a time."""
+    batch: tuple[Annotated[int, Field(ge=1, le=_LARGEST)], ...] = (1,)
+    """Equal sequences that decode and prefill run at once."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds after which a silent engine counts as hung."""
     fail_if: tuple[Annotated[str, AfterValidator(_is_condition)], ...] = ()
     """Condition on the rows such as speedup<1.5 or perplexity>30: where one holds, the report is written and the exit
     code is 3."""
     peer: tuple[PeerSettings, ...] = ()
-    """Another engine that is measured in the same rounds: llama.cpp:f32, llama.cpp:q8_0, llama.cpp:q4_0, torch:fp32,
-    torch-compiled:fp32 (or bf16) run the dense model, onnxruntime-genai:ARTIFACT an artifact."""
+    """Another engine that is measured in the same rounds: llama.cpp:f32, llama.cpp:q8_0, llama.cpp:q4_0,
+    openvino:fp32 (int8, int4), torch:fp32, torch-compiled:fp32 (bf16) run the dense model, onnxruntime-genai:ARTIFACT
+    an artifact."""
 
 
 class RecipeBenchSettings(BenchSettings):
@@ -676,6 +700,15 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _every_cell_is_possible(self) -> Recipe:
         if self.sweep is not None:
+            if self.bench is not None and self.sweep.evals:
+                raise ValueError(
+                    "sweep.evals: cells that are benched are measured on the recipe's eval; leave evals out"
+                )
+            dense = [item.name for item in self.export if item.checkpoint == "dense"]
+            if self.bench is not None and self.bench.baseline not in dense:
+                raise ValueError(
+                    f"bench.baseline: that of a sweep is one of the dense artifacts {dense}, which all cells share"
+                )
             try:
                 expanded_grid(self.prune, self.sweep)
             except RecipeError as error:

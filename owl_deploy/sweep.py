@@ -11,6 +11,7 @@ import gc
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -29,10 +30,11 @@ from owl_deploy.pruning import prune
 from owl_deploy.published import public_source, without_folders
 from owl_deploy.recipe import PruneSettings, Recipe
 from owl_deploy.sweep_grid import Cell, chosen_cells
+from owl_deploy.sweep_line import has_line, take_cell
 from owl_deploy.sweep_records import SweepRecords, read_json, write_results
 from owl_deploy.threads import resolve_threads
 
-__all__ = ["plan", "run_sweep"]
+__all__ = ["measure_dense", "plan", "run_sweep"]
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,9 @@ def run_sweep(
         else:
             records.clear_up(cell)  # where a stop came between the record and this
     records.folder.mkdir(parents=True, exist_ok=True)
+    if has_line(recipe):
+        _take_along_the_line(records, to_do, command, on_step)
+        return write_results(records, command)
     has_dense = records.finished(None) is not None
     meter = _Meter(on_step, records.n_windows * (2 * len(to_do) + (not has_dense)), len(to_do))
     if not has_dense:
@@ -95,6 +100,50 @@ def run_sweep(
         _run_group(records, to_do[start : start + size], meter)
         write_results(records, command)
     return write_results(records, command)
+
+
+def _take_along_the_line(records: SweepRecords, cells: Sequence[Cell], command: str, on_step: OnStep) -> None:
+    """Take cells along the whole line, one after the other, and put each on record."""
+    load_before = os.getloadavg()[0]
+    meter = _Meter(on_step, len(cells), len(cells))
+    for cell in cells:
+        meter.tell(meter.n_finished, cell.name)
+        folder = records.folder / cell.name
+        try:
+            document = take_cell(
+                records.recipe,
+                cell,
+                folder=folder,
+                dense=records.folder.parent / "dense",
+                with_peers=cell == records.cells[0],
+                load_before=load_before,
+                offline=records.offline,
+                on_step=meter.within(cell.name, "", 0),
+            )
+        except Exception as error:  # noqa: BLE001  (other cells are to come)
+            _fail(records, cell, error, meter)
+        else:
+            records.record(cell, document)
+            records.clear_up(cell)
+            meter.n_finished += 1
+        meter.done = meter.n_finished
+        write_results(records, command)
+
+
+def measure_dense(recipe: Recipe, *, out: Path, offline: bool = False, on_step: OnStep = silent) -> None:
+    """Measure the dense model, which every cell is compared with, and put it on record.
+
+    Args:
+        recipe: with a sweep.
+        out: folder of the results.
+        offline: never ask a hub.
+        on_step: told of every step.
+
+    Raises:
+        OwlDeployError: the model or a text cannot be read, or the dense model cannot be measured.
+    """
+    records = SweepRecords.open(recipe, out, offline=offline)
+    _measure_dense(records, _Meter(on_step, records.n_windows, 0))
 
 
 @dataclass

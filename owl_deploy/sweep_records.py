@@ -21,6 +21,7 @@ from owl_deploy.pruning import prune_versions
 from owl_deploy.published import file_hashes, public_settings, public_source, without_folders
 from owl_deploy.recipe import EvalSettings, PruneSettings, Recipe
 from owl_deploy.sweep_grid import Cell, sweep_cells, sweep_settings
+from owl_deploy.sweep_line import has_line, line_identity, write_line_report
 from owl_deploy.sweep_plot import sweep_svg
 from owl_deploy.sweep_tables import FIGURES, as_csv, as_markdown
 from owl_deploy.text import Encoder
@@ -80,7 +81,8 @@ class SweepRecords:
         if cell is None:
             return shared
         prune_settings, files = public_settings(cell.prune), file_hashes(cell.prune)
-        return {**shared, "seed": self.recipe.seed, "prune": prune_settings, "files": files}
+        line = {"line": line_identity(self.recipe)} if has_line(self.recipe) else {}
+        return {**shared, "seed": self.recipe.seed, "prune": prune_settings, "files": files, **line}
 
     def _file(self, cell: Cell | None) -> Path:
         return self.folder / f"{cell.name if cell else 'dense'}.json"
@@ -123,9 +125,15 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def write_results(records: SweepRecords, command: str) -> dict[str, Any]:
-    """Write the four forms of the results, and return the content of results.json."""
-    document = _document(records, command)
+    """Write the results in all their forms, and return the content of results.json."""
     out = records.folder.parent
+    if has_line(records.recipe):
+        found = [(cell, records.load(cell)) for cell in records.cells]
+        report = write_line_report(records.recipe, found, out, without_folders(command))
+        document = {**_head(records, command), **report, "rows": [_line_row(*item) for item in found]}
+        write_json(out / "results.json", document)
+        return document
+    document = _document(records, command)
     write_json(out / "results.json", document)
     write_bytes(out / "results.md", as_markdown(document).encode())
     write_bytes(out / "results.csv", as_csv(document).encode())
@@ -147,6 +155,15 @@ def _document(records: SweepRecords, command: str) -> dict[str, Any]:
         if facts and facts not in calibrations:
             calibrations.append(facts)
     return {
+        **_head(records, command),
+        "calibration": calibrations,
+        "dense": {"evaluations": dense["evaluations"], "seconds": dense["seconds"]},
+        "rows": rows,
+    }
+
+
+def _head(records: SweepRecords, command: str) -> dict[str, Any]:
+    return {
         "kind": "sweep",
         "format_version": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -156,18 +173,37 @@ def _document(records: SweepRecords, command: str) -> dict[str, Any]:
         "seed": records.recipe.seed,
         "prune": public_settings(records.recipe.prune),
         "texts": records.texts,
-        "calibration": calibrations,
         "versions": records.versions,
         "commit": commit(),
-        "dense": {"evaluations": dense["evaluations"], "seconds": dense["seconds"]},
-        "rows": rows,
     }
 
 
-def _row(cell: Cell, found: dict[str, Any] | None) -> dict[str, Any]:
+def _line_row(cell: Cell, found: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what became of a cell whose figures are in the report."""
+    if found is None or found["status"] == "failed":
+        return {
+            **_cell_head(cell),
+            "status": found["status"] if found else "pending",
+            "reason": (found or {}).get("reason"),
+        }
+    failed = [row["reason"] for row in found["report"]["rows"] if row["status"] != "ok"]
+    return {
+        **_cell_head(cell),
+        "status": "ok",
+        "realised": found["sparsity"],
+        "seconds": found["seconds"],
+        "failed": failed,
+    }
+
+
+def _cell_head(cell: Cell) -> dict[str, Any]:
     settings = public_settings(cell.prune)
     head = {"name": cell.name, **{key: settings[key] for key in ("method", "allocation", "sparsity")}}
-    head |= {"settings": cell.varied} if cell.varied else {}
+    return head | ({"settings": cell.varied} if cell.varied else {})
+
+
+def _row(cell: Cell, found: dict[str, Any] | None) -> dict[str, Any]:
+    head = _cell_head(cell)
     if found is None:
         return {**head, "status": "pending"}
     if found["status"] == "failed":

@@ -254,7 +254,7 @@ def test_bench_prints_one_document(exported: tuple[Path, Call], tmp_path: Path) 
 
 def test_engines_list_prints_one_document_or_a_line_each() -> None:
     document = call("engines", "list", "--json").document
-    names = ["onnxruntime", "deepsparse", "llama.cpp", "onnxruntime-genai", "torch"]
+    names = ["onnxruntime", "deepsparse", "llama.cpp", "openvino", "onnxruntime-genai", "torch"]
     assert [engine["name"] for engine in document["engines"]] == names
     assert document["engines"][0]["is_available"]
     assert len(call("engines", "list").stdout.splitlines()) == len(names)

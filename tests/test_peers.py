@@ -21,6 +21,7 @@ from owl_deploy.checkpoint import open_checkpoint
 from owl_deploy.engines import peers
 from owl_deploy.engines.gguf_model import write_gguf
 from owl_deploy.engines.llama_cpp import LLAMA_CPP
+from owl_deploy.engines.openvino import OPENVINO
 from owl_deploy.engines.peer import Peer, is_peer, open_peer
 from owl_deploy.engines.peers import prepared_peer
 from owl_deploy.engines.process import EngineProcess, open_engine
@@ -33,6 +34,9 @@ TOKENS = np.arange(5, 45, dtype=np.int64)
 
 needs_llama_cpp = pytest.mark.skipif(
     not LLAMA_CPP.status().is_available, reason="llama.cpp is not installed: owl-deploy engines install llama.cpp"
+)
+needs_openvino = pytest.mark.skipif(
+    not OPENVINO.status().is_available, reason="OpenVINO is not installed: owl-deploy engines install openvino"
 )
 needs_genai = pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_genai") is None, reason="onnxruntime-genai is not installed"
@@ -95,6 +99,8 @@ def check_session(engine: EngineProcess, expected: Any, tolerance: float) -> Non
         ("llama.cpp:q8_0", "llama.cpp", "q8_0", "", "llama.cpp-q8_0"),
         ("llama.cpp", "llama.cpp", "f32", "", "llama.cpp-f32"),
         ("torch:bf16", "torch", "bf16", "", "torch-bf16"),
+        ("openvino", "openvino", "fp32", "", "openvino-fp32"),
+        ("openvino:int4", "openvino", "int4", "", "openvino-int4"),
         ("torch-compiled", "torch-compiled", "fp32", "", "torch-compiled-fp32"),
         ("onnxruntime-genai:small", "onnxruntime-genai", "", "small", "onnxruntime-genai-small"),
     ],
@@ -107,7 +113,7 @@ def test_short_form_is_the_long_one(text: str, engine: str, precision: str, arti
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("vllm:fp16", "peer.0.engine: .*known are llama.cpp, torch"),
+        ("vllm:fp16", "peer.0.engine: .*known are llama.cpp, openvino, torch"),
         ("llama.cpp:q8", "llama.cpp has no precision 'q8'; did you mean q8_0"),
         ("onnxruntime-genai", "runs an artifact as it is: give its name"),
         ("torch:fp32:x", "torch has no precision"),
@@ -236,6 +242,33 @@ def test_damaged_gguf_is_an_engine_failure(content: bytes, tiny_model: Path, tmp
         open_engine(open_peer(folder), threads=1, n_tokens=4, capacity=8),
     ):
         pass
+
+
+@needs_openvino
+@pytest.mark.parametrize("tied", [True, False])
+def test_openvino_computes_the_checkpoint(tied: bool, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", seed=3, tie_word_embeddings=tied)
+    with open_engine(peer("openvino:fp32", model), threads=1, n_tokens=40, capacity=64) as engine:
+        check_session(engine, expected_logits(model), 1e-5)
+
+
+@needs_openvino
+def test_openvino_rounds_the_same_weights(tiny_model: Path) -> None:
+    expected = expected_logits(tiny_model)
+    sizes, differences = [], []
+    for precision in ("fp32", "int8", "int4"):
+        made = peer(f"openvino:{precision}", tiny_model)
+        sizes.append(made.facts.bytes_dense)
+        with open_engine(made, threads=1, n_tokens=40, capacity=64, last_logits_only=True) as engine:
+            differences.append(np.abs(engine.forward(TOKENS, 0) - expected[-1:]).max() / np.abs(expected).max())
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert differences[0] < 1e-5 < 1e-3 < differences[1] < differences[2] < 1
+
+
+@pytest.mark.usefixtures("no_llama_cpp")
+def test_missing_openvino_is_told_before_any_work(tiny_model: Path) -> None:
+    with pytest.raises(EngineUnavailableError, match=r"OpenVINO.* run owl-deploy engines install openvino"):
+        peer("openvino:int8", tiny_model)
 
 
 def test_torch_computes_the_checkpoint(tiny_model: Path) -> None:

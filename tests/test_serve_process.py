@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -104,6 +105,79 @@ def test_killed_server_starts_again_at_once_on_its_port(artifact: Path) -> None:
             assert again["url"] == facts["url"]
             answer = httpx.post(f"{again['url']}/v1/completions", json={**ENDLESS, "max_tokens": 2}, timeout=30)
             assert answer.status_code == 200
+
+
+def _stream(url: str, events: list[str], **body: Any) -> None:
+    """Collect the events of a stream until it ends or breaks."""
+    with contextlib.suppress(httpx.HTTPError):
+        body = {**ENDLESS, "stream": True, **body}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+            events.append(str(stream.status_code))
+            events.extend(line for line in stream.iter_lines() if line)
+
+
+@contextmanager
+def _streaming(url: str, n_streams: int, **body: Any) -> Iterator[list[list[str]]]:
+    """Run some streams at once; they have ended when the block has."""
+    collected: list[list[str]] = [[] for _ in range(n_streams)]
+    threads = [threading.Thread(target=_stream, args=(url, events), kwargs=body) for events in collected]
+    for thread in threads:
+        thread.start()
+    yield collected
+    for thread in threads:
+        thread.join()
+
+
+def _metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"owl_deploy_{name} "))
+
+
+def test_server_killed_under_load_loses_what_was_in_flight_and_nothing_else(artifact: Path) -> None:
+    question = {**ENDLESS, "max_tokens": 20}
+    with started(artifact) as (process, facts):
+        url = facts["url"]
+        before = httpx.post(f"{url}/v1/completions", json=question, timeout=30).json()["choices"]
+        # Answers that take seconds: every token is told with twenty others.
+        with _streaming(url, 4, max_tokens=480, n=2, logprobs=20) as collected:
+            assert eventually(lambda: all(len(events) > 2 for events in collected))
+            process.kill()
+        for events in collected:
+            assert events[0] == "200"
+            assert events[-1] != "data: [DONE]"
+        process.wait(10)
+        with started(artifact, PORT=url.rpartition(":")[2]) as (_, again):
+            answer = httpx.post(f"{again['url']}/v1/completions", json=question, timeout=30)
+            assert answer.json()["choices"] == before
+            assert _metric(again["url"], "active_requests") == 0
+
+
+def test_sigterm_under_load_answers_those_that_wait_too(artifact: Path) -> None:
+    with started(artifact, BATCH_SIZE="2") as (process, facts):
+        with _streaming(facts["url"], 6, max_tokens=300, logprobs=20) as collected:
+            assert eventually(lambda: _metric(facts["url"], "queued_requests") == 4)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    for events in collected:
+        assert events[0] == "200"
+        assert events[-1] == "data: [DONE]"
+
+
+def test_client_that_never_reads_frees_its_place(artifact: Path) -> None:
+    with started(artifact, BATCH_SIZE="4", REQUEST_TIMEOUT_S="2") as (_, facts):
+        url = facts["url"]
+        # Four times 480 tokens with twenty others each: megabytes, which this socket does not take.
+        body = json.dumps({**ENDLESS, "max_tokens": 480, "n": 4, "logprobs": 20, "stream": True}).encode()
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as silent:
+            silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            silent.connect((host, int(port)))
+            headers = f"Host: test\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            silent.sendall(f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body)
+            assert eventually(lambda: _metric(url, "active_requests") == 4)
+            answer = httpx.post(f"{url}/v1/completions", json={**ENDLESS, "max_tokens": 2}, timeout=30)
+            assert answer.status_code == 200
+            assert eventually(lambda: _metric(url, "active_requests") == 0)
 
 
 def test_port_that_is_taken_is_said_before_the_model_is_loaded(artifact: Path) -> None:

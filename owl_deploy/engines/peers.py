@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from owl_deploy.artifact import OnnxArtifact
+from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.cache import owl_deploy_cache
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.engines.llama_cpp import LLAMA_CPP, has_compiler
+from owl_deploy.engines.openvino import OPENVINO
 from owl_deploy.engines.peer import PEER_FORMAT, Peer, PeerFacts, open_peer
 from owl_deploy.engines.process import open_worker
 from owl_deploy.engines.status import library_status
@@ -24,7 +26,7 @@ from owl_deploy.errors import EngineUnavailableError, UnsupportedModelError
 from owl_deploy.files import file_sha256, new_folder, write_json
 from owl_deploy.kernels import library_path
 from owl_deploy.progress import OnStep, Step, silent
-from owl_deploy.recipe import PeerSettings
+from owl_deploy.recipe import ExportSettings, PeerSettings
 
 __all__ = ["prepared_peer"]
 
@@ -66,6 +68,9 @@ def prepared_peer(
         LLAMA_CPP.python()  # before any work
         path = _llama_cpp(open_checkpoint(model), settings.precision, threads, on_step)
         return open_peer(path, settings.name)
+    if settings.engine == "openvino":
+        OPENVINO.python()
+        return open_peer(_openvino(open_checkpoint(model), settings.precision, threads, on_step), settings.name)
     return _torch(settings, open_checkpoint(model))
 
 
@@ -108,6 +113,65 @@ def _gguf_facts(checkpoint: Checkpoint, precision: str, file: Path) -> PeerFacts
         kv_element_bytes=2,
         notes=("keys and values are float16, llama.cpp's default",),
     )
+
+
+def _openvino(checkpoint: Checkpoint, precision: str, threads: int, on_step: OnStep) -> Path:
+    """Return the folder of an OpenVINO model of this precision, made of a graph of standard operators."""
+    path = _folder("openvino", precision, OPENVINO.version, checkpoint.fingerprint)
+    if path.is_dir():
+        return path
+    from owl_deploy.export.writer import export_onnx
+
+    on_step(Step("preparing openvino", 0, 1, precision))
+    with new_folder(path) as folder:
+        source = folder / "source"
+        # OpenVINO knows no GroupQueryAttention of ONNX Runtime; DeepSparse's dialect has standard operators alone.
+        export_onnx(
+            str(checkpoint.path), ExportSettings(target="deepsparse"), out=source, threads=threads, parity=False
+        )
+        max_positions = open_artifact(source).facts.max_positions
+        with open_worker("openvino", timeout_s=_QUANTIZE_S) as worker:
+            worker.ask(
+                "quantize",
+                source=str(source / "model.onnx"),
+                file=str(folder / "model.xml"),
+                precision=precision,
+                threads=threads,
+            )
+        shutil.rmtree(source)
+        facts = _openvino_facts(checkpoint, precision, (folder / "model.bin").stat().st_size, max_positions)
+        write_json(folder / "owl.json", facts.model_dump(mode="json"))
+    on_step(Step("preparing openvino", 1, 1, precision))
+    return path
+
+
+def _openvino_facts(checkpoint: Checkpoint, precision: str, n_bytes: int, max_positions: int) -> PeerFacts:
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    is_tied = bool(checkpoint.config.get("tie_word_embeddings")) or "lm_head.weight" not in shapes
+    element_bytes = 4 if precision == "fp32" else 1  # of an embedding, in int4 models too
+    embedding = 0 if is_tied else math.prod(shapes.get("model.embed_tokens.weight", (0,))) * element_bytes
+    rounded = {
+        "fp32": "computed in float32, keys and values too",
+        "int8": "weights rounded by NNCF, int8 with a scale per row; keys and values as OpenVINO's default for this "
+        "machine has them (8 bits)",
+        "int4": "weights rounded by NNCF, symmetric int4 in groups of 32, head and embedding int8; keys and values as "
+        "OpenVINO's default for this machine has them (8 bits)",
+    }
+    facts = _facts(
+        checkpoint,
+        target="openvino",
+        version=OPENVINO.version,
+        precision=precision,
+        model=".",
+        bytes_dense=n_bytes,
+        step_bytes=n_bytes - embedding,
+        kv_element_bytes=4 if precision == "fp32" else 1,
+        notes=(
+            rounded[precision],
+            "timed decode steps follow one another, each with one position more in the cache than the one before",
+        ),
+    )
+    return facts.model_copy(update={"max_positions": max_positions})
 
 
 def _torch(settings: PeerSettings, checkpoint: Checkpoint) -> Peer:

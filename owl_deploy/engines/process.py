@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from owl_deploy.artifact import OnnxArtifact
 from owl_deploy.engines.bridge import bridge_python
 from owl_deploy.engines.llama_cpp import LLAMA_CPP
+from owl_deploy.engines.openvino import OPENVINO
 from owl_deploy.engines.peer import Peer
 from owl_deploy.errors import EngineFailedError
 from owl_deploy.kernels import library_path
@@ -69,6 +70,8 @@ class EngineProcess:
         n_tokens: int,
         capacity: int,
         last_logits_only: bool = False,
+        batch: int = 1,
+        is_serving: bool = False,
     ) -> None:
         """Load an artifact or a peer for calls of `n_tokens` tokens and a cache of `capacity` positions in all.
 
@@ -87,6 +90,8 @@ class EngineProcess:
             operators=operators,
             last_logits_only=last_logits_only,
             precision=artifact.facts.precision,
+            batch=batch,
+            is_serving=is_serving,
         )
         self.version, self.load_ms = answer["version"], answer["load_ms"]
 
@@ -105,6 +110,15 @@ class EngineProcess:
     def measure(self, tokens: NDArray[np.int64], past_len: int, n_samples: int) -> list[int]:
         """Return nanoseconds of `n_samples` calls, each with `past_len` positions in the cache."""
         ns: list[int] = self.ask("measure", tokens=tokens.tolist(), past_len=past_len, n_samples=n_samples)["ns"]
+        return ns
+
+    def generate(self, tokens: NDArray[np.int64], n_new: int, n_samples: int) -> list[list[int]]:
+        """Generate greedily behind a prompt, `n_samples` times.
+
+        Returns:
+            Nanoseconds per time: `n_new`, from the request to the first token and from each token to the next.
+        """
+        ns: list[list[int]] = self.ask("generate", tokens=tokens.tolist(), n_new=n_new, n_samples=n_samples)["ns"]
         return ns
 
     def peak_rss_bytes(self) -> int:
@@ -188,7 +202,7 @@ def open_worker(engine: str, *, timeout_s: float = 600.0) -> Iterator[EngineProc
     Raises:
         EngineUnavailableError: the engine's environment is not here.
     """
-    pythons = {"deepsparse": bridge_python, "llama.cpp": LLAMA_CPP.python}
+    pythons = {"deepsparse": bridge_python, "llama.cpp": LLAMA_CPP.python, "openvino": OPENVINO.python}
     python = pythons[engine]() if engine in pythons else Path(sys.executable)
     process = EngineProcess(engine, python, timeout_s)
     try:
@@ -205,6 +219,8 @@ def open_engine(
     n_tokens: int,
     capacity: int,
     last_logits_only: bool = False,
+    batch: int = 1,
+    is_serving: bool = False,
     timeout_s: float = 600.0,
 ) -> Iterator[EngineProcess]:
     """Start the engine of an artifact or a peer in a child process and load it.
@@ -214,6 +230,8 @@ def open_engine(
         n_tokens: tokens per call; DeepSparse compiles for it, ONNX Runtime takes any number.
         capacity: cache positions in all, past and new.
         last_logits_only: leave out the logits of all tokens of a call but the last, as generation does.
+        batch: equal sequences that a call runs at once; each gets the tokens, and the first one's logits are returned.
+        is_serving: for `generate` alone, by the loop of `owl_deploy.serve` where the engine runs several sequences.
         timeout_s: seconds without an answer after which the engine counts as hung.
 
     Raises:
@@ -221,5 +239,13 @@ def open_engine(
         EngineFailedError: it crashed, hung or refused the artifact.
     """
     with open_worker(artifact.facts.target, timeout_s=timeout_s) as process:
-        process.load(artifact, threads=threads, n_tokens=n_tokens, capacity=capacity, last_logits_only=last_logits_only)
+        process.load(
+            artifact,
+            threads=threads,
+            n_tokens=n_tokens,
+            capacity=capacity,
+            last_logits_only=last_logits_only,
+            batch=batch,
+            is_serving=is_serving,
+        )
         yield process

@@ -16,6 +16,10 @@ constexpr size_t kMaxBatch = 4;
 constexpr size_t kTileFrom = 5;
 constexpr size_t kTileFromFull = 5;
 constexpr size_t kByteTileFrom = 5;
+constexpr size_t kByteBatch = 2;
+constexpr size_t kByteLanes = 8;
+constexpr size_t kByteRows = 4;
+constexpr int32_t kWOffset = 0;
 
 struct Acc {
   __m256 v[2];
@@ -184,26 +188,27 @@ static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, i
   for (size_t i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + 32 * i), upper[i]);
 }
 
-constexpr int32_t kXOffset = 0;
-using IntVec = __m256i;
-using WQuads = __m256i;
-struct XQuads {
-  __m256i x;
-  __m256i magnitude;
+template <size_t>
+struct Quads {
+  using Ints = __m256i;
+  using Floats = __m256;
+  using W = __m256i;
+  struct X {
+    __m256i x;
+    __m256i magnitude;
+  };
+  static Floats ToFloats(Ints v) { return _mm256_cvtepi32_ps(v); }
+  static W Splat(const int8_t* w) {
+    int32_t quad;
+    __builtin_memcpy(&quad, w, sizeof quad);
+    return _mm256_set1_epi32(quad);
+  }
+  static X Load(const int8_t* x) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return {bytes, _mm256_abs_epi8(bytes)};
+  }
+  static Ints Dot(Ints acc, const X& x, W w) { return ::owl::OWL_TARGET::Dot(acc, x.magnitude, x.x, w); }
 };
-static inline IntVec SplatInt(int32_t value) { return _mm256_set1_epi32(value); }
-static inline __m256 ToFloat(IntVec v) { return _mm256_cvtepi32_ps(v); }
-static inline WQuads SplatQuads(const int8_t* w) {
-  int32_t quad;
-  __builtin_memcpy(&quad, w, sizeof quad);
-  return _mm256_set1_epi32(quad);
-}
-static inline XQuads LoadQuads(const uint8_t* x) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  return {bytes, _mm256_abs_epi8(bytes)};
-}
-static inline IntVec DotQuads(IntVec acc, const XQuads& x, WQuads w) { return Dot(acc, x.magnitude, x.x, w); }
-static inline int32_t SumBytes(const Bytes&, size_t) { return 0; }
 
 static inline void RoundBlock(const float* x, size_t n, int8_t* out, float* scales) {
   alignas(32) float block[64] = {};

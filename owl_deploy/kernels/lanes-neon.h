@@ -16,7 +16,10 @@ constexpr size_t kMaxBatch = 4;
 constexpr size_t kTileFrom = 5;
 constexpr size_t kTileFromFull = 5;
 constexpr size_t kByteTileFrom = 5;
-constexpr int32_t kXOffset = 0;
+constexpr size_t kByteBatch = 2;
+constexpr size_t kByteLanes = 4;
+constexpr size_t kByteRows = 4;
+constexpr int32_t kWOffset = 0;
 
 struct Acc {
   float32x4_t v[4];
@@ -178,19 +181,21 @@ static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, i
   for (size_t i = 0; i < 4; ++i) vst1q_s8(high + 16 * i, upper[i]);
 }
 
-using IntVec = int32x4_t;
-using XQuads = int8x16_t;
-using WQuads = int8x16_t;
-static inline IntVec SplatInt(int32_t value) { return vdupq_n_s32(value); }
-static inline float32x4_t ToFloat(IntVec v) { return vcvtq_f32_s32(v); }
-static inline WQuads SplatQuads(const int8_t* w) {
-  int32_t quad;
-  __builtin_memcpy(&quad, w, sizeof quad);
-  return vreinterpretq_s8_s32(vdupq_n_s32(quad));
-}
-static inline XQuads LoadQuads(const uint8_t* x) { return vreinterpretq_s8_u8(vld1q_u8(x)); }
-static inline IntVec DotQuads(IntVec acc, XQuads x, WQuads w) { return vdotq_s32(acc, x, w); }
-static inline int32_t SumBytes(const Bytes&, size_t) { return 0; }
+template <size_t>
+struct Quads {
+  using Ints = int32x4_t;
+  using Floats = float32x4_t;
+  using X = int8x16_t;
+  using W = int8x16_t;
+  static Floats ToFloats(Ints v) { return vcvtq_f32_s32(v); }
+  static W Splat(const int8_t* w) {
+    int32_t quad;
+    __builtin_memcpy(&quad, w, sizeof quad);
+    return vreinterpretq_s8_s32(vdupq_n_s32(quad));
+  }
+  static X Load(const int8_t* x) { return vld1q_s8(x); }
+  static Ints Dot(Ints acc, X x, W w) { return vdotq_s32(acc, x, w); }
+};
 
 static inline void RoundBlock(const float* x, size_t n, int8_t* out, float* scales) {
   float block[64] = {};

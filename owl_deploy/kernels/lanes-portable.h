@@ -14,10 +14,12 @@ constexpr size_t kMaxBatch = 4;
 constexpr size_t kTileFrom = 5;
 constexpr size_t kTileFromFull = 5;
 constexpr size_t kByteTileFrom = 5;
-constexpr int32_t kXOffset = 0;
+constexpr size_t kByteBatch = 2;
+constexpr size_t kByteLanes = 4;
+constexpr size_t kByteRows = 4;
+constexpr int32_t kWOffset = 0;
 
 typedef float Vec4 __attribute__((vector_size(16)));
-typedef int32_t IntVec __attribute__((vector_size(16)));
 
 struct Acc {
   Vec4 v[4];
@@ -154,27 +156,30 @@ static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, i
   for (size_t i = 0; i < 64; ++i) high[i] = codebook[codes[i] >> 4];
 }
 
-struct XQuads {
-  int8_t v[16];
-};
-struct WQuads {
-  int8_t v[4];
-};
-static inline IntVec SplatInt(int32_t value) { return IntVec{value, value, value, value}; }
-static inline Vec4 ToFloat(IntVec v) { return __builtin_convertvector(v, Vec4); }
-static inline WQuads SplatQuads(const int8_t* w) { return {{w[0], w[1], w[2], w[3]}}; }
-static inline XQuads LoadQuads(const uint8_t* x) {
-  XQuads quads;
-  __builtin_memcpy(quads.v, x, sizeof quads.v);
-  return quads;
-}
-static inline IntVec DotQuads(IntVec acc, const XQuads& x, const WQuads& w) {
-  for (size_t lane = 0; lane < 4; ++lane) {
-    for (size_t k = 0; k < 4; ++k) acc[lane] += x.v[4 * lane + k] * w.v[k];
+template <size_t>
+struct Quads {
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef float Floats __attribute__((vector_size(16)));
+  struct X {
+    int8_t v[16];
+  };
+  struct W {
+    int8_t v[4];
+  };
+  static Floats ToFloats(Ints v) { return __builtin_convertvector(v, Floats); }
+  static W Splat(const int8_t* w) { return {{w[0], w[1], w[2], w[3]}}; }
+  static X Load(const int8_t* x) {
+    X quads;
+    __builtin_memcpy(quads.v, x, sizeof quads.v);
+    return quads;
   }
-  return acc;
-}
-static inline int32_t SumBytes(const Bytes&, size_t) { return 0; }
+  static Ints Dot(Ints acc, const X& x, const W& w) {
+    for (size_t lane = 0; lane < 4; ++lane) {
+      for (size_t k = 0; k < 4; ++k) acc[lane] += x.v[4 * lane + k] * w.v[k];
+    }
+    return acc;
+  }
+};
 
 static inline void RoundBlock(const float* x, size_t n, int8_t* out, float* scales) {
   float largest[2] = {};

@@ -2,9 +2,10 @@
 //
 // Lanes give: kName, kLanes (floats in a Vec), kRowsSingle and kRowsBatch (rows of W taken together), kMaxBatch (rows
 // of X against one expanded block), kTileFrom (rows of X from which floats go in tiles) and kTileFromFull (the same
-// where more than 40 % is stored), kByteTileFrom (the same for bytes), kXOffset (what is added to the bytes of a tile),
-// kLookupPercent (stored values, of a hundred, up to which X is looked up for them rather than they are spread out),
-// and the types and functions used below. A block is 64 columns throughout.
+// where more than 40 % is stored), kLookupPercent (stored values, of a hundred, up to which X is looked up for them
+// rather than they are spread out), and the types and functions used below. For bytes: kByteBatch (as kMaxBatch),
+// kByteTileFrom (as kTileFrom), kByteLanes (rows of X in the smallest tile), kByteRows (rows of W against a tile of one
+// vector) and kWOffset (what is added to the bytes of W that a tile meets). A block is 64 columns throughout.
 //
 // Everything is static: an inline function of another target must not be merged with one of this.
 //
@@ -22,7 +23,6 @@ typedef float AnyFloat __attribute__((aligned(1), may_alias));                  
 
 constexpr size_t kGroupRows = 64;  // rows of W whose tile of Y stays in cache: 16 KiB
 constexpr size_t kListsAhead = 8;  // rows whose columns are listed before the first is multiplied, see MultiplyTiles
-constexpr size_t kByteRows = 4;    // rows of W against a tile of bytes: with two vectors 8 int32 sums
 // Bytes ahead, into the second cache: at 50 % float32 8 KiB gave 1.4x over none, 4 KiB 1.35x, 2 KiB 1.1x.
 constexpr size_t kPrefetch = 8192;
 constexpr size_t kMaxPrefetch = 256 * 1024;  // more would push out what was asked for
@@ -487,9 +487,9 @@ OWL_INLINE size_t RowsAhead(const PackedMatrix& w) {
   return rows < kRowsSingle ? kRowsSingle : rows > 16 ? 16 : rows / kRowsSingle * kRowsSingle;
 }
 
-// Of two rows of X, with group scales.
+// Of the rows of X that are taken together, with group scales.
 OWL_INLINE size_t ScaleBytes(const PackedMatrix& w) {
-  return w.group == 0 ? 0 : (2 * kRowsSingle * 2 * BlocksOf(w) * sizeof(float) + 63) / 64 * 64;
+  return w.group == 0 ? 0 : (kByteBatch * kRowsSingle * 2 * BlocksOf(w) * sizeof(float) + 63) / 64 * 64;
 }
 
 template <ValueType kType, bool kIsDense, bool kHasGroups>
@@ -507,6 +507,11 @@ static void MultiplyIntRows(const Product& p, size_t begin, size_t end, uint8_t*
     }
     size_t first = 0;
     Stream after = stream;
+    if constexpr (kByteBatch >= 4) {
+      for (; first + 4 <= p.m; first += 4) {
+        after = AllIntRows<kIsDense, 4, kHasGroups>(p, row, n, rows, first, memory, stream);
+      }
+    }
     for (; first + 2 <= p.m; first += 2) {
       after = AllIntRows<kIsDense, 2, kHasGroups>(p, row, n, rows, first, memory, stream);
     }
@@ -517,65 +522,74 @@ static void MultiplyIntRows(const Product& p, size_t begin, size_t end, uint8_t*
   }
 }
 
-// Many rows of X: four rows of W become dense bytes once, then meet X in tiles whose lanes are rows of X.
-template <ValueType kType, bool kIsDense, size_t kVecs>
+// Many rows of X: a few rows of W become dense bytes once, then meet X in tiles whose lanes are rows of X. W is shifted
+// by kWOffset, and sums of products begin at what makes up for it, which Prepare has put behind the scales of X.
+template <ValueType kType, bool kIsDense, bool kHasGroups, size_t kN, size_t kVecs>
 static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
-  constexpr size_t kTile = kVecs * kLanes;
+  using Q = Quads<kN>;
+  constexpr size_t kTile = kVecs * kN, kRows = kVecs == 1 ? kByteRows : 4;
   const PackedMatrix& w = *p.w;
   const size_t n_blocks = BlocksOf(w), n_whole = w.n_columns / kBlock, n_tail = w.n_columns % kBlock;
   const size_t padded = n_blocks * kBlock, decoded_bytes = DecodedBytes(w);
   int8_t* decoded = reinterpret_cast<int8_t*>(scratch);
-  int8_t* dense = decoded + (decoded_bytes + 63) / 64 * 64;                     // (kByteRows, padded)
-  float* scales = reinterpret_cast<float*>(dense + kByteRows * padded);         // (n_blocks, kByteRows)
-  int32_t* starts = reinterpret_cast<int32_t*>(scales + kByteRows * n_blocks);  // (n_blocks, 2, kByteRows)
-  __builtin_memset(dense, 0, kByteRows * padded);
-  for (size_t row = begin; row < end; row += kByteRows) {
-    const size_t n_rows = end - row < kByteRows ? end - row : kByteRows;
+  int8_t* dense = decoded + (decoded_bytes + 63) / 64 * 64;           // (n_blocks, kRows, kBlock)
+  float* factors = reinterpret_cast<float*>(dense + kRows * padded);  // (n_blocks, kRows), with groups
+  __builtin_memset(dense, 0, kRows * padded);
+  if (kHasGroups) __builtin_memset(factors, 0, kRows * n_blocks * sizeof(float));
+  Stream stream = Stream::Of(w, begin, end, kRows, n_blocks);
+  for (size_t row = begin; row < end; row += kRows) {
+    const size_t n_rows = end - row < kRows ? end - row : kRows;
+    float row_scales[kRows] = {};
     for (size_t r = 0; r < n_rows; ++r) {
       ByteRow source = OpenByteRow<kType, kIsDense>(w, row + r, n_blocks, decoded);
-      const float row_scale = LoadF32(w.row_scales + 4 * (row + r));
+      row_scales[r] = LoadF32(w.row_scales + 4 * (row + r));
       for (size_t j = 0, group = 0, left = w.group / kBlock; j < n_blocks; ++j) {
-        const Bytes bytes = NextBytes<kIsDense>(source, j, n_whole, n_tail);
-        StoreBytes(dense + r * padded + j * kBlock, bytes);
-        scales[j * kByteRows + r] = w.group == 0 ? row_scale : row_scale * source.groups[group];
+        StoreBytes(dense + (j * kRows + r) * kBlock, NextBytes<kIsDense>(source, j, n_whole, n_tail));
+        if (!kHasGroups) continue;
+        factors[j * kRows + r] = source.groups[group];
         if (--left == 0) {
           left = w.group / kBlock;
           ++group;
         }
-        for (size_t half = 0; half < 2; ++half) {
-          starts[(2 * j + half) * kByteRows + r] = kXOffset == 0 ? 0 : -kXOffset * SumBytes(bytes, half);
-        }
       }
     }
     for (size_t first = 0; first < p.m; first += kTile) {
-      const uint8_t* x = p.bytes + first * padded;
-      const float* x_scales = p.scales + first * 2 * n_blocks;
-      Vec sums[kByteRows][kVecs] = {};
+      const int8_t* x = reinterpret_cast<const int8_t*>(p.bytes) + first * padded;
+      const float* x_scales = p.scales + first * 4 * n_blocks;
+      typename Q::Floats sums[kRows][kVecs] = {};
       for (size_t half = 0; half < 2 * n_blocks; ++half) {  // fours of columns with one scale: every other one
         const size_t j = half / 2;
-        IntVec products[kByteRows][kVecs];
-        for (size_t r = 0; r < kByteRows; ++r) {
-          // Each lane is another row of X, and each of them was shifted by the same offset.
-          for (size_t v = 0; v < kVecs; ++v) products[r][v] = SplatInt(starts[half * kByteRows + r]);
+        typename Q::Ints products[kRows][kVecs] = {};
+        if constexpr (kWOffset != 0) {
+          for (size_t v = 0; v < kVecs; ++v) {
+            __builtin_memcpy(&products[0][v], x_scales + (2 * half + 1) * kTile + v * kN, sizeof products[0][v]);
+            for (size_t r = 1; r < kRows; ++r) products[r][v] = products[0][v];
+          }
         }
-        const int8_t* block = dense + j * kBlock;
+        if (first == 0 && half % 2 == 0) stream.Advance();
+        const int8_t* block = dense + j * kRows * kBlock;
         for (size_t quad = half % 2; quad < kBlock / 4; quad += 2, x += 4 * kTile) {
-          XQuads parts[kVecs];
-          for (size_t v = 0; v < kVecs; ++v) parts[v] = LoadQuads(x + 4 * kLanes * v);
-          for (size_t r = 0; r < kByteRows; ++r) {
-            const WQuads weights = SplatQuads(block + r * padded + 4 * quad);
-            for (size_t v = 0; v < kVecs; ++v) products[r][v] = DotQuads(products[r][v], parts[v], weights);
+          typename Q::X parts[kVecs];
+          for (size_t v = 0; v < kVecs; ++v) parts[v] = Q::Load(x + 4 * kN * v);
+          for (size_t r = 0; r < kRows; ++r) {
+            const typename Q::W weights = Q::Splat(block + r * kBlock + 4 * quad);
+            for (size_t v = 0; v < kVecs; ++v) products[r][v] = Q::Dot(products[r][v], parts[v], weights);
           }
         }
         for (size_t v = 0; v < kVecs; ++v) {
-          const Vec scale = *reinterpret_cast<const VecMem*>(x_scales + half * kTile + v * kLanes);
-          for (size_t r = 0; r < kByteRows; ++r)
-            sums[r][v] += ToFloat(products[r][v]) * (scale * scales[j * kByteRows + r]);
+          typename Q::Floats scale;
+          __builtin_memcpy(&scale, x_scales + 2 * half * kTile + v * kN, sizeof scale);
+          for (size_t r = 0; r < kRows; ++r) {
+            sums[r][v] += Q::ToFloats(products[r][v]) * (kHasGroups ? scale * factors[j * kRows + r] : scale);
+          }
         }
       }
-      alignas(64) float results[kByteRows][kTile];
-      for (size_t r = 0; r < kByteRows; ++r) {
-        for (size_t v = 0; v < kVecs; ++v) *reinterpret_cast<VecMem*>(results[r] + v * kLanes) = sums[r][v];
+      alignas(64) float results[kRows][kTile];
+      for (size_t r = 0; r < kRows; ++r) {
+        for (size_t v = 0; v < kVecs; ++v) {
+          const typename Q::Floats scaled = sums[r][v] * row_scales[r];
+          __builtin_memcpy(results[r] + v * kN, &scaled, sizeof scaled);
+        }
       }
       const size_t n_used = p.m - first < kTile ? p.m - first : kTile;
       for (size_t t = 0; t < n_used; ++t) {
@@ -586,13 +600,24 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
   }
 }
 
+template <ValueType kType, bool kIsDense, bool kHasGroups>
+static void MultiplyAnyByteTiles(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
+  if (p.tile == kByteLanes) {
+    return MultiplyByteTiles<kType, kIsDense, kHasGroups, kByteLanes, 1>(p, begin, end, scratch);
+  }
+  if constexpr (kLanes != kByteLanes) {
+    if (p.tile == kLanes) return MultiplyByteTiles<kType, kIsDense, kHasGroups, kLanes, 1>(p, begin, end, scratch);
+  }
+  return MultiplyByteTiles<kType, kIsDense, kHasGroups, kLanes, 2>(p, begin, end, scratch);
+}
+
 // ---- the table ----
 
 static Layout ChooseLayout(const PackedMatrix& w, size_t m, size_t* tile) {
   const bool is_int = w.value_type == ValueType::kInt8 || w.value_type == ValueType::kInt4;
   const bool is_bytes = is_int && w.encoding != Encoding::kIndex16;
   if (is_bytes) {
-    *tile = m <= kLanes ? kLanes : 2 * kLanes;
+    *tile = m <= kByteLanes ? kByteLanes : m <= kLanes ? kLanes : 2 * kLanes;
     return m < kByteTileFrom ? Layout::kByteRows : Layout::kByteTiles;
   }
   *tile = m <= 16 ? 16 : m <= 32 ? 32 : 64;
@@ -640,10 +665,15 @@ static void Prepare(const Product& p, const float* x, size_t i, float* floats, u
           }
           uint8_t* out = bytes + i * p.tile * padded + j * kBlock * p.tile + 4 * t;
           for (size_t half = 0; half < 2; ++half) {
-            scales[(i * n_blocks + j) * 2 * p.tile + half * p.tile + t] = pair[half];
+            int32_t sum = 0;
             for (size_t quad = half; quad < kBlock / 4; quad += 2, out += 4 * p.tile) {
-              for (size_t k = 0; k < 4; ++k) out[k] = static_cast<uint8_t>(block[4 * quad + k] + kXOffset);
+              __builtin_memcpy(out, block + 4 * quad, 4);
+              for (size_t k = 0; k < 4; ++k) sum += block[4 * quad + k];
             }
+            const int32_t start = -kWOffset * sum;
+            float* scale = scales + ((i * n_blocks + j) * 2 + half) * 2 * p.tile + t;
+            scale[0] = pair[half];
+            __builtin_memcpy(scale + p.tile, &start, sizeof start);
           }
         }
       }
@@ -660,7 +690,7 @@ static size_t ScratchBytes(const Product& p) {
     case Layout::kByteRows:
       return ScaleBytes(w) + (w.value_type == ValueType::kInt4 ? RowsAhead(w) * DecodedBytes(w) : 0);
     case Layout::kByteTiles:
-      return (DecodedBytes(w) + 63) / 64 * 64 + BlocksOf(w) * kByteRows * (kBlock + 12);
+      return (DecodedBytes(w) + 63) / 64 * 64 + BlocksOf(w) * kByteRows * (kBlock + sizeof(float));
   }
   return 0;
 }
@@ -684,8 +714,8 @@ static void MultiplyFloats(const Product& p, size_t begin, size_t end) {
 template <ValueType kType, bool kIsDense>
 static void MultiplyInts(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
   if (p.layout == Layout::kByteTiles) {
-    if (p.tile == kLanes) return MultiplyByteTiles<kType, kIsDense, 1>(p, begin, end, scratch);
-    return MultiplyByteTiles<kType, kIsDense, 2>(p, begin, end, scratch);
+    if (p.w->group == 0) return MultiplyAnyByteTiles<kType, kIsDense, false>(p, begin, end, scratch);
+    return MultiplyAnyByteTiles<kType, kIsDense, true>(p, begin, end, scratch);
   }
   if (p.w->group == 0) return MultiplyIntRows<kType, kIsDense, false>(p, begin, end, scratch);
   return MultiplyIntRows<kType, kIsDense, true>(p, begin, end, scratch);

@@ -96,7 +96,7 @@ std::vector<uint32_t> CutRows(const PackedMatrix& w) {
         high = middle;
       }
     }
-    row = std::min(w.n_rows, (low + 3) / 4 * 4);  // kernels take four rows at a time
+    row = std::min(w.n_rows, (low + 7) / 8 * 8);  // kernels take eight rows at a time
     if (row > cuts.back() && row < w.n_rows) cuts.push_back(static_cast<uint32_t>(row));
   }
   cuts.push_back(static_cast<uint32_t>(w.n_rows));
@@ -131,7 +131,7 @@ void SparseMatMul(const PackedMatrix& w, const std::vector<uint32_t>& cuts, cons
     case Layout::kByteRows:
     case Layout::kByteTiles:
       byte_bytes = Aligned(rows * padded);
-      scale_bytes = Aligned(rows * n_blocks * 2 * sizeof(float));
+      scale_bytes = Aligned(rows * n_blocks * (is_tiled ? 4 : 2) * sizeof(float));
       break;
   }
   const size_t n_pieces = cuts.size() - 1;

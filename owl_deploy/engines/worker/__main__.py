@@ -5,14 +5,15 @@ Started as `python <this folder> ENGINE`, also by the interpreter of another env
 stdin, one answer per line on the first stdout; whatever an engine prints goes to stderr.
 
     {"command": "load", "artifact": DIR, "threads": N, "n_tokens": T, "capacity": S, "operators": FILE.so or null,
-     "last_logits_only": true or false, "precision": WORD}
+     "last_logits_only": true or false, "precision": WORD, "batch": B, "is_serving": true or false}
         -> {"load_ms": ..., "version": ...}
     {"command": "forward", "tokens": [...], "past_len": P, "logits": FILE.npy}
         -> {} and the logits (T or 1, vocab) float32 in the file
     {"command": "measure", "tokens": [...], "past_len": P, "n_samples": N} -> {"ns": [...]}
+    {"command": "generate", "tokens": [...], "n_new": N, "n_samples": M} -> {"ns": [[...], ...]}
     {"command": "open-graph", "model": FILE, "threads": N, "shape": [...], "operators": FILE.so or null} -> {}
     {"command": "measure-graph", "n_samples": N, "output": FILE.npy or null} -> {"ns": [...]}
-    {"command": "quantize", "source": FILE, "file": FILE, "precision": WORD, "threads": N} -> {} (llama.cpp only)
+    {"command": "quantize", "source": FILE, "file": FILE, "precision": WORD, "threads": N} -> {} (llama.cpp, openvino)
     {"command": "memory"} -> {"peak_rss_bytes": ...}
     {"command": "check-sparse", "model": FILE} -> what SparseML reads (bridge environment only)
 
@@ -31,6 +32,8 @@ import numpy as np
 def open_session(engine, request):
     """Load an artifact into an engine; the engine's module is imported here and nowhere else."""
     arguments = (request["artifact"], request["threads"], request["n_tokens"], request["capacity"])
+    if request["batch"] > 1 and engine != "onnxruntime":
+        raise ValueError("this engine runs one sequence at a time here, and {} are asked for".format(request["batch"]))
     if engine == "deepsparse":
         from deepsparse_session import DeepSparseSession
 
@@ -39,6 +42,10 @@ def open_session(engine, request):
         from llama_cpp_session import LlamaCppSession
 
         return LlamaCppSession(*arguments, last_logits_only=request["last_logits_only"])
+    if engine == "openvino":
+        from openvino_session import OpenVinoSession
+
+        return OpenVinoSession(*arguments, precision=request["precision"], last_logits_only=request["last_logits_only"])
     if engine == "onnxruntime-genai":
         from genai_session import GenaiSession
 
@@ -52,9 +59,32 @@ def open_session(engine, request):
             is_compiled=engine == "torch-compiled",
             last_logits_only=request["last_logits_only"],
         )
+    if request["is_serving"]:
+        from serving_session import ServingSession, can_serve
+
+        if can_serve(request["artifact"]):
+            return ServingSession(request["artifact"], request["threads"], request["capacity"])
     from onnxruntime_session import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(*arguments, operators=request["operators"], last_logits_only=request["last_logits_only"])
+    return OnnxRuntimeSession(
+        *arguments,
+        operators=request["operators"],
+        last_logits_only=request["last_logits_only"],
+        batch=request["batch"],
+    )
+
+
+def generation_ns(session, tokens, n_new):
+    """Return nanoseconds from the start to the first token and from each token to the next, the most likely ones."""
+    told, ns, past_len = time.perf_counter_ns(), [], 0
+    while len(ns) < n_new:
+        logits = session.forward(tokens, past_len)
+        past_len += len(tokens)
+        tokens = np.asarray([int(logits[-1].argmax())], dtype=np.int64)
+        now = time.perf_counter_ns()
+        ns.append(now - told)
+        told = now
+    return ns
 
 
 def peak_rss_bytes():
@@ -86,6 +116,12 @@ class Worker:
         tokens = np.asarray(request["tokens"], dtype=np.int64)
         return {"ns": [int(ns) for ns in self.session.measure(tokens, request["past_len"], request["n_samples"])]}
 
+    def generate(self, request):
+        tokens = np.asarray(request["tokens"], dtype=np.int64)
+        own = getattr(self.session, "generation_ns", None)
+        generated = own if own is not None else lambda *given: generation_ns(self.session, *given)
+        return {"ns": [generated(tokens, request["n_new"]) for _ in range(request["n_samples"])]}
+
     def open_graph(self, request):
         from graph_session import GraphSession
 
@@ -100,6 +136,11 @@ class Worker:
         return {"ns": self.session.measure(request["n_samples"])}
 
     def quantize(self, request):
+        if self.engine == "openvino":
+            from openvino_session import convert
+
+            convert(request["source"], request["file"], request["precision"])
+            return {}
         from llama_cpp_session import quantize
 
         quantize(request["source"], request["file"], request["precision"], request["threads"])

@@ -15,10 +15,11 @@ class OnnxRuntimeSession:
     """One artifact, loaded for one cache size; `n_tokens` may differ from call to call.
 
     `operators` is the operator library that the artifact's graph needs, None where it needs none. `last_logits_only`
-    leaves out the logits of all tokens of a call but the last.
+    leaves out the logits of all tokens of a call but the last. `batch` equal sequences run at once, each with the
+    tokens of a call; the logits that are returned are the first one's.
     """
 
-    def __init__(self, artifact, threads, n_tokens, capacity, operators=None, last_logits_only=False):
+    def __init__(self, artifact, threads, n_tokens, capacity, operators=None, last_logits_only=False, batch=1):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -42,7 +43,10 @@ class OnnxRuntimeSession:
         # GroupQueryAttention writes new positions in place, into one buffer for past and present. A traced graph
         # makes a new buffer at every call, with the old positions and the new ones.
         self.is_growing = facts.get("graph") == "traced"
-        shape = (1, facts["n_kv_heads"], 0 if self.is_growing else capacity, facts["head_dim"])
+        if self.is_growing and batch > 1:
+            raise ValueError("a traced graph runs one sequence at a time, and {} are asked for".format(batch))
+        self.batch = batch
+        shape = (batch, facts["n_kv_heads"], 0 if self.is_growing else capacity, facts["head_dim"])
         self.cache = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
             for name in names
@@ -56,12 +60,12 @@ class OnnxRuntimeSession:
         if n_all > self.capacity:
             raise ValueError("{} tokens after {} do not fit a cache of {}".format(len(tokens), past_len, self.capacity))
         binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[None]))
-        binding.bind_cpu_input("attention_mask", np.ones((1, n_all), np.int64))
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(np.tile(tokens, (self.batch, 1))))
+        binding.bind_cpu_input("attention_mask", np.ones((self.batch, n_all), np.int64))
         if self.takes_positions:
-            binding.bind_cpu_input("position_ids", np.arange(past_len, n_all)[None])
+            binding.bind_cpu_input("position_ids", np.tile(np.arange(past_len, n_all), (self.batch, 1)))
         n_logits = 1 if self.last_logits_only else len(tokens)
-        logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((1, n_logits, self.vocab_size), np.float32))
+        logits = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty((self.batch, n_logits, self.vocab_size), np.float32))
         binding.bind_ortvalue_output("logits", logits)
         for name, value in self.cache.items():
             present = name.replace("past_key_values.", "present.")
