@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from owl_deploy.bench.comparison import Result, has_speedup, is_number, main_workload, printable, times, workloads_of
-from owl_deploy.bench.plots import Row, is_sparse, number, percent
+from owl_deploy.bench.plots import Row, is_sparse, number, percent, series_name
 from owl_deploy.bench.report_file import WORKLOAD_KEYS
 from owl_deploy.bench.statistics import Speedup, speedup_interval, summary_ms
 
@@ -192,12 +192,10 @@ def points(result: Result) -> list[Point]:
         if not has_speedup(row, decode.baseline):
             continue
         other = beside.get(row["artifact"])
-        cell = row.get("cell")
-        kind = f"{row['weights']} {row['precision']}"
         found.append(
             Point(
                 name=row["artifact"],
-                series=f"{cell}, {kind}" if cell else f"{row['engine']} {kind}",
+                series=series_name(row),
                 sparsity=row["sparsity"],
                 perplexity=row["perplexity"],
                 kl_divergence=row.get("kl_divergence"),
@@ -208,7 +206,7 @@ def points(result: Result) -> list[Point]:
                 prefill_speedup=other["speedup"]["p50"] if other and other["speedup"] else None,
                 peak_rss_bytes=row.get("peak_rss_bytes"),
                 bytes_on_disk=result.get("bytes_on_disk", {}).get(row["artifact"]),
-                is_dense=not cell,
+                is_dense="cell" not in row,
                 is_baseline=row["is_baseline"],
             )
         )

@@ -107,7 +107,7 @@ def frontier_plot(found: Sequence[Point]) -> Plot | None:
         xaxis=_plotly_axis(found, shown[0][1]),
         yaxis=_plotly_axis(found, shown[0][2]),
         updatemenus=[
-            {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
+            {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.03, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
         ],
     )
     said = "; ".join(
@@ -173,7 +173,7 @@ def _plotly_axis(found: Sequence[Point], axis: _Axis) -> dict[str, Any]:
     return figure_axis(
         title,
         type="log",
-        range=[math.log10(ticks[0]), math.log10(ticks[-1])],
+        range=[math.log10(0.9 * ticks[0]), math.log10(1.2 * ticks[-1])],  # room for marks and their text
         tickvals=ticks,
         ticktext=[f"{tick:,}" for tick in ticks],
         fixedrange=True,

@@ -39,8 +39,9 @@ class Plot:
 
 
 def series_name(row: Row) -> str:
-    """Return what a line or a colour stands for: engine, weights and precision."""
-    return f"{row['engine']} {row['weights']} {row['precision']}"
+    """Return what a line or a colour stands for: engine, weights and precision; how it was pruned, in a sweep."""
+    start = f"{row['cell']}," if row.get("cell") else row["engine"]
+    return f"{start} {row['weights']} {row['precision']}"
 
 
 def is_sparse(row: Row) -> bool:

@@ -391,7 +391,8 @@ def html_page(result: Result, *, lead: Sequence[str] | None = None, plots: Seque
         verdict=first,
         findings=others,
         cautions=cautions(result),
-        plots=[*plots, *_plots(result)],
+        # What is to be shown first may say the same of quality, and more.
+        plots=[*plots, *(plot for plot in _plots(result) if not plots or plot.name != "quality")],
         tables=[_html_table(workload) for workload in workloads_of(result)],
         fact_lists=[
             ("Protocol", _protocol_facts(result)),

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from owl_deploy.bench.comparison import Result, Workload
 from owl_deploy.errors import RecipeError, shown
 
-__all__ = ["WORKLOAD_KEYS", "read_report"]
+__all__ = ["WORKLOAD_KEYS", "read_report", "report_schema"]
 
 WORKLOAD_KEYS = tuple(field.name for field in fields(Workload) if field.name != "rows")
 """The keys of a row that say what was run."""
@@ -32,6 +32,12 @@ class _Parity(_Part):
     passed: bool
 
 
+class _Speedup(_Part):
+    p50: float
+    low: float
+    high: float
+
+
 class _Row(_Part):
     engine: _Name
     artifact: _Name
@@ -40,8 +46,21 @@ class _Row(_Part):
     threads: int
     status: Literal["ok", "failed"]
     is_baseline: bool
-    samples_ns: list[_Round]
+    samples_ns: Annotated[list[_Round], Field(description="Nanoseconds of every call, round by round.")]
+    reason: Annotated[str | None, Field(description="Why it failed.")] = None
+    sparsity: Annotated[float | None, Field(description="Zeros over elements of the pruned matrices.")] = None
+    ms: Annotated[dict[str, float] | None, Field(description="p50, p90, p99 from 100 samples on, min; n samples.")] = (
+        None
+    )
+    tokens_per_s: float | None = None
+    speedup: Annotated[_Speedup | None, Field(description="Over the baseline: ratio of medians, 95 % interval.")] = None
+    bytes_per_step: float | None = None
+    ceiling_fraction: float | None = None
+    peak_rss_bytes: float | None = None
+    load_ms: float | None = None
     perplexity: float | None = None
+    kl_divergence: Annotated[float | None, Field(description="From the reference model, in nats.")] = None
+    top1_agreement: float | None = None
     parity: _Parity | None = None
     evaluation: dict[str, Any] | None = None
 
@@ -63,6 +82,15 @@ class _Report(_Part):
     machine: _Machine
     protocol: _Protocol
     rows: Annotated[list[_Row], Field(min_length=1)]
+
+
+def report_schema() -> dict[str, Any]:
+    """Return the JSON Schema of report.json; `report.schema.json` beside this module holds it."""
+    schema = _Report.model_json_schema()
+    row = schema["$defs"]["_Row"]
+    row["properties"] |= {key: {"type": "string" if key == "phase" else "integer"} for key in WORKLOAD_KEYS}
+    row["required"] += [key for key in WORKLOAD_KEYS if key != "n_new"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "report.json of owl-deploy"}
 
 
 def read_report(path: Path) -> Result:
