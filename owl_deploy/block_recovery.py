@@ -22,7 +22,7 @@ from owl_deploy.observation import run_block
 from owl_deploy.recipe import RecoverSettings
 from owl_deploy.skeleton import BlockInputs
 
-__all__ = ["BlockRecovery", "output_error", "pruned_positions", "recover_block_"]
+__all__ = ["BlockRecovery", "mean_output_error", "output_error", "pruned_positions", "recover_block_"]
 
 _DIVERGED = 4.0
 
@@ -83,7 +83,7 @@ def recover_block_(
     """
     started = time.monotonic()
     n_train = len(inputs.hidden_states) - n_held_out
-    before = best = _held_out_error(block, inputs, targets, index, n_train)
+    before = best = mean_output_error(block, inputs, targets, index, n_train)
     curve: list[float] = []
     parameters = dict(block.named_parameters())
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -100,7 +100,7 @@ def recover_block_(
                     _accumulate(block, inputs, targets, index, i, len(batch))
                 optimizer.step(share)
             if ends_epoch or share >= 1:
-                curve.append(_held_out_error(block, inputs, targets, index, n_train))
+                curve.append(mean_output_error(block, inputs, targets, index, n_train))
                 if curve[-1] < best:
                     best = curve[-1]
                     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -126,7 +126,8 @@ def _accumulate(block: nn.Module, inputs: BlockInputs, targets: HiddenStates, in
 
 
 @torch.no_grad()
-def _held_out_error(block: nn.Module, inputs: BlockInputs, targets: HiddenStates, index: int, first: int) -> float:
+def mean_output_error(block: nn.Module, inputs: BlockInputs, targets: HiddenStates, index: int, first: int) -> float:
+    """Return the mean of `output_error` over the sequences from `first` on, which no training saw."""
     n = len(inputs.hidden_states)
     errors = [float(output_error(run_block(block, inputs, index, i), targets[i])) for i in range(first, n)]
     return sum(errors) / len(errors)

@@ -300,15 +300,16 @@ class StructureSettings(Settings):
 class RecoverSettings(Settings):
     """How the surviving weights of a sparse checkpoint are trained."""
 
-    method: Literal["blockwise", "distill", "spp", "lora"] = "blockwise"
-    """blockwise (block by block, to give again what the dense block gives; a few blocks in memory) or, with both models
-    in memory, to predict tokens again as the dense one does: distill (all surviving weights), spp (adapters that keep
+    method: Literal["blockwise", "bias", "distill", "spp", "lora"] = "blockwise"
+    """blockwise (block by block, to give again what the dense block gives; a few blocks in memory), bias (no training:
+    biases that give the outputs of linears their mean back, where a family can have them) or, with both models in
+    memory, to predict tokens again as the dense one does: distill (all surviving weights), spp (adapters that keep
     zeros) or lora (adapters that fill them; pruned again after merging, at a loss that is measured)."""
     rank: Annotated[int, Field(ge=1, le=_LARGEST)] = 16
     """spp, lora: rank of the adapters."""
     targets: Literal["dense", "prefix"] = "dense"
-    """blockwise: what a block is to give on the inputs that the recovered blocks before it leave: the hidden states of
-    the dense model, which makes up for those blocks too, or what the dense block makes of those same inputs."""
+    """blockwise, bias: what a block is to give on the inputs that the recovered blocks before it leave: the hidden
+    states of the dense model, which makes up for those blocks too, or what the dense block makes of the same inputs."""
     epochs: Annotated[int, Field(ge=1, le=_LARGEST)] = 8
     """Passes over the training sequences."""
     batch_size: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
@@ -348,7 +349,7 @@ class RecoverSettings(Settings):
         """The learning rate, by default that of the method."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return {"blockwise": 3e-3, "distill": 1e-4, "spp": 1e-3, "lora": 1e-3}[self.method]
+        return {"blockwise": 3e-3, "bias": 0.0, "distill": 1e-4, "spp": 1e-3, "lora": 1e-3}[self.method]
 
     @property
     def sequences_per_step(self) -> int:
@@ -359,8 +360,11 @@ class RecoverSettings(Settings):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> RecoverSettings:
+        of_training = ("epochs", "batch_size", "learning_rate", "budget")
+        of_models = ("temperature", "cross_entropy", "gradient_checkpointing", "n_checks", "rank")
         others = {
-            "blockwise": ("temperature", "cross_entropy", "gradient_checkpointing", "n_checks", "rank"),
+            "bias": (*of_training, *of_models),
+            "blockwise": of_models,
             "distill": ("targets", "rank"),
             "spp": ("targets",),
             "lora": ("targets",),

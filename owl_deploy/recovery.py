@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from owl_deploy.adapters import attach, merge
+from owl_deploy.bias_correction import correct_biases_, mean_outputs, with_biases
 from owl_deploy.block_pruning import whole_mask_sha256, zero_facts
-from owl_deploy.block_recovery import pruned_positions, recover_block_
+from owl_deploy.block_recovery import mean_output_error, pruned_positions, recover_block_
 from owl_deploy.calibration import calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
 from owl_deploy.devices import resolve_products
@@ -119,7 +120,11 @@ def recover(
     }
     work = WorkFolder.open(out, fingerprint, resume=resume)
     reset_peak_rss()
-    if settings.method == "blockwise":
+    written = sparse
+    if settings.method == "bias":
+        written = with_biases(sparse, work.folder / "with-biases")
+        training, measured = _correct_blocks(written, dense, settings, tokens, n_held_out, work, on_step)
+    elif settings.method == "blockwise":
         training, measured = _recover_blocks(sparse, dense, settings, tokens, n_held_out, seed, work, on_step)
     else:
         training, measured = _distill_blocks(sparse, dense, settings, tokens, n_held_out, seed, work, on_step)
@@ -135,7 +140,7 @@ def recover(
     facts = {**_lineage(sparse, work), "recovery": recovery}
     seconds, peak = round(time.perf_counter() - started, 3), peak_rss_bytes()
     with new_folder(out, replace=True) as folder:
-        write_sharded_checkpoint(sparse, work.shard, folder)
+        write_sharded_checkpoint(written, work.shard, folder)
         write_json(folder / "owl.json", facts)
         write_json(folder / "measured.json", {"seconds": seconds, "peak_rss_bytes": peak, **measured})
         check_zeros(open_skeleton(open_checkpoint(str(folder))))  # of the very files
@@ -229,6 +234,58 @@ def _recover_blocks(
         on_step(Step("recovering blocks", index + 1, n_blocks, f"error {before:.3g} to {after:.3g}"))
     records = [work.record(index) for index in range(n_blocks)]
     return {"blocks": [record["training"] for record in records]}, {"blocks": [r["measured"] for r in records]}
+
+
+def _correct_blocks(
+    sparse: Skeleton,
+    dense: Skeleton,
+    settings: RecoverSettings,
+    tokens: torch.Tensor,
+    n_held_out: int,
+    work: WorkFolder,
+    on_step: OnStep,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Correct the biases of block after block; return what it did to the errors of held-out sequences, and the time."""
+    dtype = resolve_products(settings.forward_dtype)
+    inputs, wanted = sparse.capture(tokens, dtype=dtype), dense.capture(tokens, dtype=dtype)
+    n_blocks, n_train = len(sparse.blocks), len(tokens) - n_held_out
+    for index in range(n_blocks):
+        started = time.monotonic()
+        is_finished = work.is_finished(index)
+        entering = wanted if settings.targets == "dense" else inputs
+        with dense.filled(index) as block:
+            means = {} if is_finished else mean_outputs(block, _first(entering, n_train), index, dense.linears(index))
+            targets = _outputs(block, BlockInputs(entering.hidden_states, wanted.arguments, wanted.dtype), index)
+        with sparse.filled(index) as block:
+            if not is_finished:
+                before = mean_output_error(block, inputs, targets, index, n_train)
+                as_they_were = {name: value.clone() for name, value in block.named_parameters()}
+                correct_biases_(block, _first(inputs, n_train), index, sparse.linears(index), means)
+                after = mean_output_error(block, inputs, targets, index, n_train)
+                is_better = after < before
+                if not is_better:
+                    for name, value in as_they_were.items():
+                        sparse.fill_(block, name, value)
+                write_shard(sparse, index, work.shard(index))
+                record = {"index": index, "before": before, "after": min(before, after), "is_corrected": is_better}
+                measured = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+                work.finish(index, linears=_zeros(sparse, index), measured=measured, training=record)
+            fill_from_shard_(sparse, index, work.shard(index))
+            inputs = BlockInputs(_outputs(block, inputs, index), inputs.arguments, inputs.dtype)
+        if settings.targets == "dense":
+            wanted = BlockInputs(targets, wanted.arguments, wanted.dtype)
+        before, after = (work.record(index)["training"][key] for key in ("before", "after"))
+        on_step(Step("recovering blocks", index + 1, n_blocks, f"error {before:.3g} to {after:.3g}"))
+    records = [work.record(index) for index in range(n_blocks)]
+    return {"blocks": [record["training"] for record in records]}, {"blocks": [r["measured"] for r in records]}
+
+
+def _first(inputs: BlockInputs, n: int) -> BlockInputs:
+    """Return the first n sequences."""
+    states = HiddenStates()
+    for i in range(n):
+        states.append(inputs.hidden_states[i])
+    return BlockInputs(states, inputs.arguments, inputs.dtype)
 
 
 def _distill_blocks(
