@@ -164,7 +164,7 @@ def test_a_model_without_biases_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["epochs", "budget", "learning_rate", "rank"])
 def test_settings_of_training_are_refused(key: str) -> None:
     with pytest.raises(ValidationError, match=f"{key} .* is not for method bias"):
-        RecoverSettings(method="bias", **{key: 3})
+        RecoverSettings.model_validate({"method": "bias", key: 3})
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(llama: tuple[Path, Path], corrected: Path, tmp_path: Path) -> None:
