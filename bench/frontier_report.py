@@ -2,7 +2,9 @@
 
 In: a result of `frontier.merged`. Out: a folder with report.json, report.md and report.html, the frontier as a picture
 (frontier.svg) and a spreadsheet (frontier.csv), and a table for the terminal. What the frontier is, and what it means
-in words, is decided in `frontier`.
+in words, is decided in `frontier`. The page of a result that was kept without it is made again by
+
+    python -m owl_deploy.bench.frontier_report recipes/results/frontier-smollm2/report.json --out FOLDER
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -298,3 +301,16 @@ def _missing(result: Result, shown: set[str]) -> Mapping[str, str]:
 
 def _megabytes(size: int | None) -> str:
     return BLANK if size is None else f"{size / 1e6:,.0f}"
+
+
+@click.command(help="Write all files of the report of a sweep's report.json.")
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+def main(report: Path, out: Path) -> None:
+    """Make the pages anew."""
+    write_frontier_report(read_report(report), out)
+    click.echo(str(out / "report.html"))
+
+
+if __name__ == "__main__":
+    main()

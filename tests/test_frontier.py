@@ -13,13 +13,14 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 from command_line import TEXT, call
 from hypothesis import given
 from hypothesis import strategies as st
 
 from owl_deploy import sweep_line
 from owl_deploy.bench.frontier import Point, frontier, merged, points, sentences
-from owl_deploy.bench.frontier_report import frontier_csv, frontier_plot, frontier_svg
+from owl_deploy.bench.frontier_report import frontier_csv, frontier_plot, frontier_svg, main
 from owl_deploy.bench.report_file import read_report
 from owl_deploy.bench.statistics import Speedup
 from owl_deploy.errors import EngineFailedError, RecipeError
@@ -317,6 +318,13 @@ def test_a_sweep_with_artifacts_ends_in_one_report(finished: Path) -> None:
     assert all(len(row["samples_ns"]) == (4 if row["artifact"].startswith("dense") else 2) for row in decode)
     assert [row["sparsity"] for row in decode][2:] == [pytest.approx(0.5, abs=0.01), pytest.approx(0.6, abs=0.01)]
     assert result["bytes_on_disk"].keys() == {row["artifact"] for row in decode}
+
+
+def test_the_page_can_be_made_again_from_the_figures(finished: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [str(finished / "report" / "report.json"), "--out", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    for file in (finished / "report").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_only_records_and_shared_artifacts_stay(finished: Path) -> None:
