@@ -7,6 +7,7 @@ and which of them are finished, is not known here.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -81,7 +82,7 @@ def take_cell(
             _link(artifacts / name, dense / name)
     return {
         "status": "ok",
-        "sparsity": open_artifact(result.artifacts[-1]).facts.sparsity,
+        "sparsity": json.loads((result.checkpoint / "owl.json").read_text(encoding="utf-8"))["sparsity"],
         "bytes_on_disk": {path.name: open_artifact(path).manifest["bytes_on_disk"] for path in result.artifacts},
         "report": result.measured,
         "seconds": {"all": round(time.perf_counter() - started, 3)},
