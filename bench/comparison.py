@@ -17,6 +17,7 @@ __all__ = [
     "is_number",
     "main_workload",
     "printable",
+    "row_sentence",
     "times",
     "void_reason",
     "workloads_of",
@@ -105,6 +106,21 @@ def is_comparable(row: Row, baseline: Row | None) -> bool:
 def printable(text: object) -> str:
     """Return text on one line, without control characters: they could drive a terminal or reorder the line."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+
+
+def row_sentence(row: Row, baseline: Row | None) -> str:
+    """Return a row's artifact and figures in one line, a speed-up only with the quality that it has."""
+    name = printable(row["artifact"])
+    if row["status"] != "ok":
+        return f"{name}: failed: {printable(row['reason'])}"
+    found = [f"{row['ms']['p50']:.4g} ms"]
+    if has_speedup(row, baseline) and row["speedup"] and not row["is_baseline"]:
+        speedup = row["speedup"]
+        interval = f"{times(speedup['low'])} to {times(speedup['high'])}"
+        found.append(f"{times(speedup['p50'])} ({interval})")
+    reason = void_reason(row, baseline)
+    quality = f"void: {reason}" if reason else f"perplexity {row['perplexity']:.4g}"
+    return f"{name}: {', '.join([*found, quality])}"
 
 
 def is_number(value: Any) -> bool:

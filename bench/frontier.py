@@ -8,7 +8,7 @@ measured here, and no page is written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ from owl_deploy.bench.comparison import Result, has_speedup, is_number, main_wor
 from owl_deploy.bench.plots import Row, is_sparse, number, percent, series_name
 from owl_deploy.bench.report_file import WORKLOAD_KEYS
 from owl_deploy.bench.statistics import Speedup, speedup_interval, summary_ms
+from owl_deploy.recipe import ArtifactSettings
 
 __all__ = ["Point", "frontier", "merged", "points", "sentences"]
 
@@ -33,6 +34,8 @@ class Point:
     sparsity: float
     perplexity: float
     kl_divergence: float | None
+    accuracy: float | None
+    """Mean over the tasks of the recipe, 0 to 1."""
     decode_ms: float
     speedup: Speedup
     """Of decode, over the baseline in the same rounds; 1 for the baseline itself."""
@@ -49,11 +52,11 @@ class Point:
 
 def merged(
     cells: Mapping[str, Result],
-    failed: Mapping[str, str],
+    failed: Mapping[str, Mapping[str, str]],
     *,
     sizes: Mapping[str, Mapping[str, int]],
     series: Mapping[str, str],
-    pruned: Mapping[str, tuple[str, str]],
+    exported: Mapping[str, ArtifactSettings],
     recipe: dict[str, Any],
     command: str,
     seed: int,
@@ -65,15 +68,16 @@ def merged(
 
     Args:
         cells: results by name of the cell, in order; not empty.
-        failed: why there is no result, by name of the cell.
+        failed: why there is no result, by name of the cell and of the artifact.
         sizes: bytes on disk by cell and artifact.
         series: what a cell's method and allocation are called, by name of the cell.
-        pruned: weights and precision of the artifacts that are made of every cell, by name.
+        exported: settings of all artifacts, by name; those not of the dense checkpoint are made of every cell.
         recipe: kept in the result.
         command: kept in the result.
         seed: of the bootstrap.
     """
     first = next(iter(cells.values()))
+    pruned = {name for name, item in exported.items() if item.checkpoint != "dense"}
     rows: list[Row] = []
     for key in dict.fromkeys(_workload(row) for result in cells.values() for row in result["rows"]):
         found = [(cell, row) for cell, result in cells.items() for row in result["rows"] if _workload(row) == key]
@@ -86,12 +90,14 @@ def merged(
                 others = [other for _, other in found if other["artifact"] in names and not other["is_baseline"]]
                 beside = [other for where, other in found if where == cell and other in others]
                 over = {other["artifact"]: _over(other, row, seed) for other in beside}
-                own = {"artifact": f"{cell}/{row['artifact']}", "cell": series[cell]}
+                trained = ", recovered" if exported[row["artifact"]].checkpoint == "recovered" else ""
+                own = {"artifact": f"{cell}/{row['artifact']}", "cell": series[cell] + trained}
                 rows.append(row | own | {"over": {name: found for name, found in over.items() if found}})
         lacking = dict(zip(WORKLOAD_KEYS, key, strict=True))
-        for cell, reason in failed.items():
-            for name, (weights, precision) in pruned.items():
-                rows.append(_failed_row(found[0][1], lacking, f"{cell}/{name}", weights, precision, reason))
+        reasons = {_name(cell, name, pruned): (name, why) for cell, of in failed.items() for name, why in of.items()}
+        for shown, (name, reason) in reasons.items():
+            if name in pruned or name not in names:
+                rows.append(_failed_row(found[0][1], lacking, shown, exported[name], reason))
     machines = [result["machine"] for result in cells.values()]
     return {
         **first,
@@ -117,7 +123,7 @@ def merged(
     }
 
 
-def _name(cell: str, artifact: str, pruned: Mapping[str, object]) -> str:
+def _name(cell: str, artifact: str, pruned: Collection[str]) -> str:
     return f"{cell}/{artifact}" if artifact in pruned else artifact
 
 
@@ -155,10 +161,11 @@ def _over(other: Row, row: Row, seed: int) -> dict[str, float] | None:
     return asdict(speedup_interval(other["samples_ns"], row["samples_ns"], seed=seed))
 
 
-def _failed_row(model: Row, load: dict[str, Any], name: str, weights: str, precision: str, reason: str) -> Row:
-    """Return a row that says why there is nothing of a cell, with the keys of `model`."""
+def _failed_row(model: Row, load: dict[str, Any], name: str, settings: ArtifactSettings, reason: str) -> Row:
+    """Return a row that says why there is nothing of an artifact, with the keys of `model`."""
     unknown: Row = {key: [] if isinstance(value, list) else None for key, value in model.items()}
-    known = {"engine": "onnxruntime", "artifact": name, "weights": weights, "precision": precision, **load}
+    known = {"engine": settings.target, "artifact": name, "weights": settings.weights, "precision": settings.precision}
+    known |= load
     state = {"status": "failed", "reason": reason, "is_baseline": False, "sparsity": 0.0, "threads": model["threads"]}
     return {**unknown, **known, **state}
 
@@ -199,6 +206,7 @@ def points(result: Result) -> list[Point]:
                 sparsity=row["sparsity"],
                 perplexity=row["perplexity"],
                 kl_divergence=row.get("kl_divergence"),
+                accuracy=row.get("accuracy"),
                 decode_ms=row["ms"]["p50"],
                 speedup=Speedup(1.0, 1.0, 1.0) if row["is_baseline"] else Speedup(**row["speedup"]),
                 over={name: Speedup(**ratio) for name, ratio in row.get("over", {}).items()},
@@ -305,5 +313,6 @@ def row_of(point: Point, on_frontier: bool) -> dict[str, Any]:
         "bytes_on_disk": point.bytes_on_disk,
         "perplexity": point.perplexity,
         "kl_divergence": point.kl_divergence if is_number(point.kl_divergence) else None,
+        "accuracy": point.accuracy,
         "on_frontier": on_frontier,
     }

@@ -62,9 +62,11 @@ _Axis = tuple[str, str, bool]
 """What a point has, its title, and whether it is logarithmic."""
 _PERPLEXITY: _Axis = ("perplexity", "perplexity, lower is better", True)
 _DIVERGENCE: _Axis = ("kl_divergence", "KL divergence from the dense model, nats", True)
+_ACCURACY: _Axis = ("accuracy", "mean accuracy of the tasks, higher is better", False)
 _VIEWS: tuple[tuple[str, _Axis, _Axis], ...] = (
     ("decode speed-up, perplexity", ("speedup", "decode, times as fast as the baseline", False), _PERPLEXITY),
     ("decode speed-up, KL", ("speedup", "decode, times as fast as the baseline", False), _DIVERGENCE),
+    ("decode speed-up, accuracy", ("speedup", "decode, times as fast as the baseline", False), _ACCURACY),
     ("decode time, perplexity", ("decode_ms", "decode, milliseconds per token", False), _PERPLEXITY),
     ("prefill speed-up, perplexity", ("prefill_speedup", "prefill, times as fast as the baseline", False), _PERPLEXITY),
     ("prefill time, perplexity", ("prefill_ms", "prefill, milliseconds", False), _PERPLEXITY),

@@ -8,6 +8,7 @@ all alike. Nothing is pruned or exported here.
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.bench.bandwidth import memory_bandwidth
+from owl_deploy.bench.comparison import row_sentence
 from owl_deploy.bench.machine import MachineWatch, machine_facts
 from owl_deploy.bench.statistics import generation_summary, speedup_interval, summary_ms
 from owl_deploy.engines.bridge import LICENCE_NOTICE
@@ -38,11 +40,14 @@ from owl_deploy.evaluation import Evaluation, evaluate
 from owl_deploy.files import file_sha256
 from owl_deploy.memory import available_bytes
 from owl_deploy.progress import OnStep, Step, silent
-from owl_deploy.recipe import BenchSettings, EvalSettings, PeerSettings, generation_lengths
+from owl_deploy.recipe import BenchSettings, EvalSettings, PeerSettings, TaskSettings, generation_lengths
+from owl_deploy.task_accuracy import TaskAccuracy, task_accuracies
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import commit, versions
 
 __all__ = ["Workload", "measure_artifacts", "workloads"]
+
+log = logging.getLogger(__name__)
 
 _OUTSIDE_CLOCK = (
     "tokenisation, sampling, filling of the cache and, for ONNX Runtime, binding of its buffers; "
@@ -62,6 +67,7 @@ _STABLE = 0.05
 # (SmolLM2 decode in int8: 20, 13 and 15 ms, then 5.4 ms from the fourth call on).
 _COLD_SHARE = 0.25
 _MAX_WARMUPS = 8
+_FEWEST_ROUNDS = 2  # of a workload that was interrupted: one round says nothing of drift
 # Whose limits of parity hold for a peer's precision.
 _PARITY_CLASS = {"bf16": "int8", "q8_0": "int8", "q4_0": "int4", "int8": "int8", "int4": "int4"}
 
@@ -140,6 +146,7 @@ def measure_artifacts(
     *,
     baseline: str,
     evaluation: EvalSettings = EvalSettings(),
+    tasks: TaskSettings | None = None,
     reference: str | None = None,
     threads: int | Literal["auto"] = "auto",
     seed: int = 0,
@@ -154,6 +161,7 @@ def measure_artifacts(
         settings: context depths, prompt lengths, rounds, peers.
         baseline: name or path of the artifact that the others are compared with.
         evaluation: text on which the perplexity of every artifact is taken.
+        tasks: what every artifact is asked besides.
         reference: model that KL divergence is taken against, and that peers run; none when not given.
         threads: of every engine.
         seed: of the tokens that are run and of the bootstrap.
@@ -162,9 +170,11 @@ def measure_artifacts(
         on_step: told of every evaluation window and every round.
 
     Returns:
-        The result document (`report.json`).
+        The result document (`report.json`). Where an interrupt came, it holds the rounds that were whole until then,
+        and `stopped` says where that was.
 
     Raises:
+        KeyboardInterrupt: there was nothing yet to be kept.
         RecipeError: the baseline is not among the artifacts, or two artifacts or peers share a name.
         UnsupportedModelError: a folder is not an artifact, or too short for a workload.
     """
@@ -178,13 +188,29 @@ def measure_artifacts(
     _check_lengths(peers, plan)
     measured: list[OnnxArtifact | Peer] = [*opened, *peers]
     qualities = _qualities(measured, evaluation, reference, count.n, on_step)
+    answers = {} if tasks is None else task_accuracies(opened, tasks, threads=count.n, on_step=on_step)
     bandwidth = memory_bandwidth(count.n)
     rows: list[dict[str, Any]] = []
+    stopped = None
     for workload in plan:
         cases = [_Case(artifact) for artifact in measured]
-        _measure_workload(cases, workload, settings, count.n, seed, on_step)
-        rows += _rows(cases, workload, baseline_name, qualities, count.n, bandwidth, seed)
+        try:
+            _measure_workload(cases, workload, settings, count.n, seed, on_step)
+        except KeyboardInterrupt:
+            n_rounds = _keep_whole_rounds_(cases)
+            if not rows and n_rounds < _FEWEST_ROUNDS:
+                raise
+            stopped = f"{workload.title}, after {n_rounds} of {settings.rounds} rounds"
+            if n_rounds < _FEWEST_ROUNDS:
+                break
+        found = _rows(cases, workload, baseline_name, qualities, answers, count.n, bandwidth, seed)
+        reference_row = next(row for row in found if row["is_baseline"])
+        for row in found:
+            log.info("%s: %s", workload.title, row_sentence(row, reference_row))
+        rows += found
         rows += [_missing_row(peer, reason, workload, count.n) for peer, reason in missing]
+        if stopped:
+            break
     return {
         "format_version": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -192,6 +218,7 @@ def measure_artifacts(
         "versions": versions("onnxruntime", "onnx", "torch", "transformers", "numpy"),
         "commit": commit(),
         "recipe": recipe,
+        "stopped": stopped,
         "machine": {**machine_facts(count), "memory_bandwidth_bytes_per_s": bandwidth, **watch.facts()},
         "protocol": {
             "n_rounds": settings.rounds,
@@ -332,6 +359,14 @@ def _measure_workload(
                 on_step(Step(workload.title, len(cases) * (number + 1) + position, total, case.artifact.name))
 
 
+def _keep_whole_rounds_(cases: list[_Case]) -> int:
+    """Drop what was measured of a round that not all could finish; return how many rounds are left."""
+    n_rounds = min((len(case.rounds) for case in cases if case.reason is None), default=0)
+    for case in cases:
+        del case.rounds[n_rounds:], case.generations[n_rounds:]
+    return n_rounds
+
+
 def _tokens(artifact: OnnxArtifact | Peer, workload: Workload, seed: int) -> NDArray[np.int64]:
     """Return random tokens; which ones does not change the work."""
     return np.random.default_rng(seed).integers(artifact.facts.vocab_size, size=workload.n_tokens, dtype=np.int64)
@@ -392,6 +427,7 @@ def _rows(
     workload: Workload,
     baseline: str,
     qualities: dict[str, Evaluation | None],
+    answers: dict[str, TaskAccuracy],
     threads: int,
     bandwidth: float,
     seed: int,
@@ -412,7 +448,7 @@ def _rows(
             measured = reference.generations if reference.reason is None else None
             generation = generation_summary(case.generations, measured, seed=seed)
         step_bytes = _bytes_per_step(artifact, workload)
-        quality = qualities[artifact.name]
+        quality, answered = qualities[artifact.name], answers.get(artifact.name)
         rows.append(
             {
                 "engine": facts.target,
@@ -444,6 +480,8 @@ def _rows(
                 "kl_divergence": quality.kl_divergence if quality else None,
                 "top1_agreement": quality.top1_agreement if quality else None,
                 "evaluation": quality.to_json() if quality else None,
+                "accuracy": answered.accuracy if answered else None,
+                "tasks": answered.tasks if answered else None,
                 "parity": _peer_parity(artifact, quality)
                 if isinstance(artifact, Peer)
                 else artifact.manifest.get("parity"),
@@ -466,7 +504,7 @@ def _missing_row(peer: PeerSettings, reason: str, workload: Workload, threads: i
         "peak_rss_bytes",
         "load_ms",
     )
-    unmeasured = ("perplexity", "kl_divergence", "top1_agreement", "evaluation", "parity")
+    unmeasured = ("perplexity", "kl_divergence", "top1_agreement", "evaluation", "accuracy", "tasks", "parity")
     return {
         "engine": peer.engine,
         "artifact": peer.name,

@@ -47,6 +47,7 @@ from owl_deploy.bench.plots import (
     series_name,
     speedup_plot,
 )
+from owl_deploy.bench.report_csv import report_csv
 from owl_deploy.bench.verdict import cautions, findings, verdict
 from owl_deploy.engines.bridge import LICENCE_NOTICE
 from owl_deploy.files import new_folder, write_json
@@ -92,6 +93,7 @@ DEFINITIONS: Facts = [
         "Mean Kullback-Leibler divergence from the reference model's next-token distribution, in nats; 0 is identical.",
     ),
     ("top-1", "Share of positions at which the most likely token is that of the reference model."),
+    ("accuracy", "Mean over the tasks of the recipe; each of them is in report.json."),
     ("memory", "Largest resident set of the engine's process."),
     ("load", "From opening the artifact to ready for the first token."),
     ("sparsity", "Zeros over elements of the pruned matrices."),
@@ -103,7 +105,7 @@ HOW_TO_READ = "In brackets: the 95 % interval of the speed-up, and the change of
 def write_report(
     result: Result, folder: Path, *, lead: Sequence[str] | None = None, plots: Sequence[Plot] = ()
 ) -> None:
-    """Write report.json, report.md and report.html into `folder`, all or none; a folder already there is replaced.
+    """Write report.json, .md, .html and .csv into `folder`, all or none; a folder already there is replaced.
 
     A number that is not finite becomes null: JSON has no other word for "unknown".
 
@@ -117,6 +119,7 @@ def write_report(
     with new_folder(folder, replace=True) as temporary:
         write_json(temporary / "report.json", known)
         (temporary / "report.md").write_text(markdown(known, lead=lead), encoding="utf-8")
+        (temporary / "report.csv").write_text(report_csv(known), encoding="utf-8")
         (temporary / "report.html").write_text(html_page(known, lead=lead, plots=plots), encoding="utf-8")
 
 
@@ -147,6 +150,7 @@ def _columns(rows: Iterable[Row]) -> list[Column]:
     """Return the columns that have something to say about these rows."""
     rows = list(rows)
     has_p99 = any("p99" in (row["ms"] or {}) for row in rows)
+    has_tasks = any(is_number(row.get("accuracy")) for row in rows)
     columns = [
         Column("sparsity", lambda row, _: percent(row["sparsity"])),
         Column("p50 ms", lambda row, _: number(row["ms"]["p50"])),
@@ -160,6 +164,7 @@ def _columns(rows: Iterable[Row]) -> list[Column]:
         Column("perplexity", _perplexity_cell),
         Column("KL", lambda row, _: number(row.get("kl_divergence"))),
         Column("top-1", lambda row, _: percent(row.get("top1_agreement"))),
+        *([Column("accuracy", lambda row, _: percent(row.get("accuracy")))] if has_tasks else []),
         Column("memory", lambda row, _: _decimal_bytes(row.get("peak_rss_bytes"))),
         Column("load", lambda row, _: _milliseconds(row.get("load_ms"))),
     ]

@@ -61,6 +61,8 @@ class _Row(_Part):
     perplexity: float | None = None
     kl_divergence: Annotated[float | None, Field(description="From the reference model, in nats.")] = None
     top1_agreement: float | None = None
+    accuracy: Annotated[float | None, Field(description="Mean over the tasks that were asked, 0 to 1.")] = None
+    tasks: dict[str, dict[str, Any]] | None = None
     parity: _Parity | None = None
     evaluation: dict[str, Any] | None = None
 
@@ -78,6 +80,7 @@ class _Protocol(_Part):
 class _Report(_Part):
     versions: dict[str, str]
     commit: str | None = None
+    stopped: Annotated[str | None, Field(description="Where an interrupt ended the run, if one did.")] = None
     artifacts: dict[str, str] = {}
     machine: _Machine
     protocol: _Protocol

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from owl_deploy.files import new_folder
 
 __all__ = ["run_bench"]
 
+log = logging.getLogger(__name__)
+
 
 def run_bench(artifacts: Sequence[Path], *, out: Path, force: bool = False, **measuring: Any) -> dict[str, Any]:
-    """Measure artifacts and write `report.json`, `report.md` and `report.html`.
+    """Measure artifacts and write `report.json`, `report.md`, `report.html` and `report.csv`.
+
+    After an interrupt the report holds what was measured until then.
 
     Args:
         artifacts: folders; their names must differ.
@@ -27,8 +32,12 @@ def run_bench(artifacts: Sequence[Path], *, out: Path, force: bool = False, **me
 
     Raises:
         OwlDeployError: and its subclasses; nothing half-written is left at `out`.
+        KeyboardInterrupt: again, once what was measured is written.
     """
     with new_folder(out, replace=force) as folder:
         measured = measure_artifacts(artifacts, **measuring)
         write_report(measured, folder)
+    if measured["stopped"]:
+        log.warning("stopped in %s; what was measured until then: %s", measured["stopped"], out)
+        raise KeyboardInterrupt
     return measured

@@ -43,6 +43,8 @@ def cautions(result: Result) -> list[str]:
     """Return what makes these figures weaker than they look, one sentence each."""
     rows = result["rows"]
     sentences = noise_cautions(result)
+    if result.get("stopped"):
+        sentences.append(f"Interrupted in {printable(result['stopped'])}: what was to follow is missing.")
     if any((row.get("ceiling_fraction") or 0.0) > 1.0 for row in rows):
         sentences.append("A row above 100 % of the ceiling reads part of its weights from the cache, not from memory.")
     ok = [row for row in rows if row["status"] == "ok"]

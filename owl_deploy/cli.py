@@ -451,6 +451,7 @@ def depth(model: str, out: Path | None, dry_run: bool, seed: int, force: bool, c
 @_settings_options(RecoverSettings)
 @_out
 @_seed
+@_device
 @click.option("--resume", is_flag=True, help="Continue a run of the same settings that was stopped.")
 @_force
 @_common_options
@@ -459,6 +460,7 @@ def recover(
     reference: str | None,
     out: Path,
     seed: int,
+    device: str,
     resume: bool,
     force: bool,
     common: _Common,
@@ -481,6 +483,7 @@ def recover(
             out=out,
             seed=seed,
             threads=common.threads,
+            device=device,
             resume=resume,
             force=force,
             offline=common.offline,

@@ -16,7 +16,7 @@ def resolve_devices(text: str) -> tuple[torch.device, ...]:
 
     Args:
         text: auto (all accelerators that torch sees, else the CPU), or names such as cpu, cuda, cuda:1, or
-            cuda:0,cuda:1.
+            cuda:0,cuda:1. A name may be there twice.
 
     Raises:
         RecipeError: a name is no device, or the device is not there.
@@ -43,9 +43,13 @@ def resolve_devices(text: str) -> tuple[torch.device, ...]:
     return tuple(devices)
 
 
-def resolve_products(asked: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
-    """Return the type of matrix products in training: auto is bfloat16 where this processor multiplies it."""
+def resolve_products(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
+    """Return the type of matrix products in training: auto is bfloat16 where the device multiplies it."""
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type != "cpu":
+        return torch.bfloat16 if device.type == "xpu" else torch.float32
     features = torch.cpu.get_capabilities()
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32

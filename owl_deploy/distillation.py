@@ -1,12 +1,14 @@
 """A whole sparse model, trained so that its next-token distribution is that of the dense one again.
 
-In: both models in memory, tokens. Out: the sparse model with other values of its surviving weights, and its held-out
-loss over time. Pruned weights are zero before, during and after; what lies outside the decoder blocks stays as it is.
+In: both models in memory (or this process's share of them), tokens. Out: the sparse model with other values of its
+surviving weights, and its held-out loss over time. Pruned weights are zero before, during and after; what lies outside
+the decoder blocks stays as it is.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from owl_deploy.devices import resolve_products
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.files import write_bytes
 from owl_deploy.masked_training import MaskedAdamW, batches
+from owl_deploy.process_group import ALONE, ProcessGroup, share_like, whole
 from owl_deploy.progress import OnStep, Step
 from owl_deploy.recipe import RecoverSettings
 
@@ -83,12 +86,13 @@ def distill_(
     state: Distillation,
     on_check: Callable[[Distillation], None],
     on_step: OnStep,
+    group: ProcessGroup = ALONE,
 ) -> Distillation:
     """Train a model in place with AdamW and leave it with the best values that held-out sequences saw.
 
     Args:
-        sparse: transformers model in float32.
-        dense: its reference, on the same device.
+        sparse: transformers model in float32, shared out among the processes of the group.
+        dense: its reference, likewise, on the same device.
         tokens: (n, seq_len) int64; the last `n_held_out` sequences only judge.
         masks: parameter name -> where it is zero: those weights have no gradient, no state, and stay zero.
         trained: names of the parameters that are trained.
@@ -98,6 +102,7 @@ def distill_(
         state: empty, or where a stopped run was; the model is then as it was there.
         on_check: told of the state after every check on the held-out sequences, the last one included.
         on_step: told of every step.
+        group: processes that all call this, with the same arguments otherwise.
 
     Raises:
         OwlDeployError: the loss is NaN or Inf, or training went away from the dense model and stayed there.
@@ -115,7 +120,7 @@ def distill_(
     check_every = max(1, n_steps // settings.n_checks)
 
     def check() -> None:
-        loss = held_out_loss(sparse, dense, tokens[n_train:], settings)
+        loss = held_out_loss(sparse, dense, tokens[n_train:], settings, group)
         if all(loss < before for _, _, before in state.curve):
             state.best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         state.curve.append((state.step, round(state.seconds, 3), loss))
@@ -132,13 +137,14 @@ def distill_(
         if share >= 1:
             break
         started = time.monotonic()
-        for i in batch:
-            loss = _loss(sparse, dense, tokens[i], settings) / len(batch)
-            if not torch.isfinite(loss):
+        for i, weight in group.share(batch):
+            loss = _loss(sparse, dense, tokens[i], settings)
+            if not math.isfinite(group.total(float(loss.detach()))):
                 raise OwlDeployError(f"the loss of step {step + 1} is NaN or Inf: use a lower learning_rate")
-            loss.backward()  # type: ignore[no-untyped-call]
+            # gradients become the mean over processes, where the sum is wanted
+            (loss * (weight * group.size / len(batch))).backward()  # type: ignore[no-untyped-call]
         optimizer.step(share)
-        state.step, state.seconds = step + 1, state.seconds + time.monotonic() - started
+        state.step, state.seconds = step + 1, state.seconds + group.longest(time.monotonic() - started)
         on_step(Step("distilling", step + 1, n_steps, f"held-out loss {state.curve[-1][2]:.3g}"))
         if state.step % check_every == 0:
             check()
@@ -157,15 +163,19 @@ def distill_(
 
 
 @torch.no_grad()
-def held_out_loss(sparse: Any, dense: Any, tokens: torch.Tensor, settings: RecoverSettings) -> float:
+def held_out_loss(
+    sparse: Any, dense: Any, tokens: torch.Tensor, settings: RecoverSettings, group: ProcessGroup = ALONE
+) -> float:
     """Return the mean of `distillation_loss` over sequences (n, seq_len)."""
-    losses = [float(_loss(sparse, dense, row, settings)) for row in tokens]
-    return sum(losses) / len(losses)
+    mine = group.share(range(len(tokens)))
+    return group.total(sum(weight * float(_loss(sparse, dense, tokens[i], settings)) for i, weight in mine)) / len(
+        tokens
+    )
 
 
 def _loss(sparse: Any, dense: Any, tokens: torch.Tensor, settings: RecoverSettings) -> torch.Tensor:
     """Return the loss of one sequence (seq_len,)."""
-    row, dtype = tokens[None].to(sparse.device), resolve_products(settings.forward_dtype)
+    row, dtype = tokens[None].to(sparse.device), resolve_products(settings.forward_dtype, sparse.device)
     with torch.no_grad():
         wanted = dense(input_ids=row, use_cache=False).logits[0]
     with torch.autocast(sparse.device.type, dtype, enabled=dtype != torch.float32):
@@ -174,13 +184,22 @@ def _loss(sparse: Any, dense: Any, tokens: torch.Tensor, settings: RecoverSettin
     return distillation_loss(found, wanted, row[0], **mix)
 
 
-def save_state(state: Distillation, sparse: Any, trained: list[str], file: Path) -> None:
-    """Write the state and the parameters that are trained; the file appears whole or not at all."""
+def save_state(state: Distillation, sparse: Any, trained: list[str], file: Path, group: ProcessGroup = ALONE) -> None:
+    """Write the state and the parameters that are trained, whole; the file appears whole or not at all.
+
+    All processes of the group have to call this; the first one writes.
+    """
     parameters = dict(sparse.named_parameters())
-    tensors = {f"parameter/{name}": parameters[name].detach() for name in trained}
-    tensors |= {f"best/{name}": values for name, values in state.best.items()} | state.moments
-    facts = {"step": state.step, "seconds": state.seconds, "curve": state.curve}
-    write_bytes(file, save(tensors, metadata={"state": json.dumps(facts)}))
+    shares = {f"parameter/{name}": parameters[name] for name in trained}
+    shares |= {f"best/{name}": values for name, values in state.best.items()} | state.moments
+    tensors = {}
+    for name, values in shares.items():
+        tensor = whole(values)
+        if group.rank == 0:
+            tensors[name] = tensor
+    if group.rank == 0:
+        facts = {"step": state.step, "seconds": state.seconds, "curve": state.curve}
+        write_bytes(file, save(tensors, metadata={"state": json.dumps(facts)}))
 
 
 @torch.no_grad()
@@ -192,11 +211,11 @@ def load_state_(sparse: Any, trained: list[str], file: Path) -> Distillation:
             facts = json.loads((stored.metadata() or {})["state"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  (it is no dict)
         found = {name: tensors.pop(f"parameter/{name}") for name in trained}
-        best = {name: tensors.pop(f"best/{name}") for name in trained}
+        best = {name: share_like(tensors.pop(f"best/{name}"), parameters[name]) for name in trained}
         curve = [(int(step), float(seconds), float(loss)) for step, seconds, loss in facts["curve"]]
         state = Distillation(int(facts["step"]), float(facts["seconds"]), curve, best, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return Distillation()
     for name, values in found.items():
-        parameters[name].copy_(values)
+        parameters[name].copy_(share_like(values, parameters[name]))
     return state

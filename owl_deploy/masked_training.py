@@ -1,6 +1,7 @@
 """AdamW that leaves pruned weights at zero, and the order in which it sees sequences.
 
-In: parameters by name, where they are pruned. Out: steps, of gradients that somebody else has made.
+In: parameters by name (of one process, or shared out among several), where they are pruned. Out: steps, of gradients
+that somebody else has made.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+
+from owl_deploy.process_group import local, share_like
 
 __all__ = ["MaskedAdamW", "batches"]
 
@@ -31,7 +34,8 @@ class MaskedAdamW:
             masks: of some of them, bool of the same shape, True where pruned.
             learning_rate: at its highest.
         """
-        self._parameters, self._masks, self._learning_rate = parameters, masks, learning_rate
+        self._parameters, self._learning_rate = parameters, learning_rate
+        self._masks = {name: local(share_like(pruned, parameters[name])) for name, pruned in masks.items()}
         self.optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0, betas=_BETAS)
 
     def step(self, share: float) -> None:
@@ -47,16 +51,16 @@ class MaskedAdamW:
         for name, pruned in self._masks.items():
             gradient = self._parameters[name].grad
             if gradient is not None:
-                gradient.masked_fill_(pruned, 0)
+                local(gradient).masked_fill_(pruned, 0)
         nn.utils.clip_grad_norm_(self._parameters.values(), _MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             for name, pruned in self._masks.items():
-                self._parameters[name].masked_fill_(pruned, 0)
+                local(self._parameters[name]).masked_fill_(pruned, 0)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what `load` takes, by kind and name of the parameter."""
+        """Return what `load` takes, by kind and name of the parameter: shares, where parameters are shares."""
         found: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
             of = self.optimizer.state.get(parameter, {})
@@ -64,11 +68,12 @@ class MaskedAdamW:
         return found
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on where another one was."""
+        """Go on where another one was, of which `state` is whole."""
         for name, parameter in self._parameters.items():
             of = {kind: state[f"{kind}/{name}"] for kind in _KINDS if f"{kind}/{name}" in state}
             if of:
-                self.optimizer.state[parameter] = of
+                shares = {kind: share_like(of[kind], parameter) for kind in _KINDS if kind != "step"}
+                self.optimizer.state[parameter] = {**of, **shares}
 
 
 def batches(n_train: int, *, batch_size: int, epochs: int, seed: int) -> Iterator[tuple[list[int], bool]]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from owl_deploy.artifact import OnnxArtifact, is_artifact, open_artifact
 from owl_deploy.bench.run import run_bench
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.devices import resolve_devices
+from owl_deploy.errors import OwlDeployError
 from owl_deploy.evaluation import Evaluation, evaluate
 from owl_deploy.export.writer import artifact_identity, export_onnx
 from owl_deploy.files import file_sha256
@@ -42,6 +45,8 @@ class RunResult:
     """Content of report.json."""
     evaluations: tuple[tuple[str, Evaluation], ...] = ()
     """Quality of the checkpoint and the artifacts, by path, of a recipe that has `eval` but no bench stage."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Why artifacts could not be exported, by name, where the others were to go on."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `owl-deploy run --json` prints."""
@@ -62,6 +67,7 @@ def run(
     resume: bool = False,
     offline: bool = False,
     load_before: float | None = None,
+    keep_going: bool = False,
     on_step: OnStep = silent,
 ) -> RunResult:
     """Run all stages of a recipe.
@@ -75,6 +81,7 @@ def run(
         resume: continue a pruning or a recovery that was stopped.
         offline: never ask a hub.
         load_before: load average of the machine before its user's work began; read now when None.
+        keep_going: leave out an artifact that fails, such as in its parity gate, unless it is the baseline.
         on_step: told of every step of every stage.
 
     Raises:
@@ -100,12 +107,25 @@ def run(
                 on_step=on_step,
             )
             models["recovered"] = str(checkpoint)
-        artifacts = []
+        artifacts, failed = [], {}
         for settings in recipe.export:
-            model = models[settings.checkpoint]
-            artifacts.append(
-                _artifact(recipe, settings, model, out / "artifacts", force=force, offline=offline, on_step=on_step)
-            )
+            try:
+                path = _artifact(
+                    recipe,
+                    settings,
+                    models[settings.checkpoint],
+                    out / "artifacts",
+                    force=force,
+                    offline=offline,
+                    on_step=on_step,
+                )
+            except OwlDeployError as error:
+                if not keep_going or (recipe.bench is not None and settings.name == recipe.bench.baseline):
+                    raise
+                log.warning("%s is left out: %s", settings.name, error)
+                failed[settings.name] = str(error)
+            else:
+                artifacts.append(path)
     if recipe.bench is None:
         judged = []
         if "eval" in recipe.model_fields_set:
@@ -120,10 +140,10 @@ def run(
                 offline=offline,
                 on_step=on_step,
             )
-        return RunResult(checkpoint, artifacts, None, None, tuple(zip(judged, found, strict=True)))
+        return RunResult(checkpoint, artifacts, None, None, tuple(zip(judged, found, strict=True)), failed)
     with quiet_machine():
         measured = _report(recipe, artifacts, out / "report", load_before=load_before, force=force, on_step=on_step)
-    return RunResult(checkpoint, artifacts, out / "report", measured)
+    return RunResult(checkpoint, artifacts, out / "report", measured, failed=failed)
 
 
 def _pruned(
@@ -176,7 +196,8 @@ def _recovered(
 ) -> Path:
     """Return the recovered checkpoint, training first where it is not there."""
     assert recipe.recover is not None
-    wanted = recovery_identity(open_checkpoint(str(pruned)), source, recipe.recover, seed=recipe.seed)
+    devices = resolve_devices(recipe.device)
+    wanted = recovery_identity(open_checkpoint(str(pruned)), source, recipe.recover, devices, seed=recipe.seed)
     try:
         found = json.loads((path / "owl.json").read_text(encoding="utf-8"))["recovery"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -191,6 +212,7 @@ def _recovered(
         out=path,
         seed=recipe.seed,
         threads=recipe.threads,
+        device=recipe.device,
         resume=resume,
         force=True,
         offline=offline,
@@ -244,7 +266,7 @@ def _report(
     wanted = {"recipe": described, "artifacts": {item.name: file_sha256(item / "owl.json") for item in artifacts}}
     if not force and _agrees(path / "report.json", wanted):
         measured: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
-        if all(row["status"] == "ok" for row in measured["rows"]):
+        if not measured.get("stopped") and all(row["status"] == "ok" for row in measured["rows"]):
             log.info("reusing the report of %s: --force measures again", measured["created"])
             return measured
     return run_bench(
@@ -254,6 +276,7 @@ def _report(
         settings=recipe.bench,
         baseline=recipe.bench.baseline,
         evaluation=recipe.eval,
+        tasks=recipe.tasks,
         reference=recipe.model,
         threads=recipe.threads,
         seed=recipe.seed,

@@ -611,6 +611,19 @@ Choices = Annotated[tuple[Any, ...], BeforeValidator(_as_list), AfterValidator(_
 GridBlock = Annotated[dict[str, Choices], AfterValidator(_has_known_keys)]
 
 
+class TaskSettings(Settings):
+    """Zero-shot or few-shot tasks of lm-evaluation-harness."""
+
+    names: Annotated[tuple[str, ...], AfterValidator(_is_not_empty)]
+    """Tasks, groups or tags of the harness, or tasks of `path`."""
+    path: str | None = None
+    """Folder of task files with local data."""
+    limit: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    """Samples of each task, from its start; all when not given."""
+    num_fewshot: Annotated[int, Field(ge=0, le=_LARGEST)] | None = None
+    """Examples before each question; the task's own number when not given."""
+
+
 class SweepSettings(Settings):
     """A grid of pruned checkpoints, each measured for quality."""
 
@@ -659,7 +672,8 @@ class Recipe(Settings):
     threads: Threads = "auto"
     """Threads of torch and of the engines; auto is what affinity and cgroup quota allow."""
     device: str = "auto"
-    """Where blocks are pruned: auto (all accelerators, else the CPU), cpu, or names such as cuda:0,cuda:1."""
+    """Where blocks are pruned and trained: auto (all accelerators, else the CPU), cpu, or names such as cuda:0,cuda:1.
+    Several share the calibration sequences, and the training of a whole model."""
     max_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     """What pruning may take of memory, such as 6GiB; what cannot be done in it is refused before work starts."""
     prune: PruneSettings = PruneSettings()
@@ -667,6 +681,8 @@ class Recipe(Settings):
     """Training of what pruning left, for artifacts of checkpoint recovered."""
     export: tuple[ArtifactSettings, ...] = ()
     eval: EvalSettings = EvalSettings()
+    tasks: TaskSettings | None = None
+    """Tasks that every benched artifact answers too: their accuracy stands beside perplexity."""
     bench: RecipeBenchSettings | None = None
     sweep: SweepSettings | None = None
     """What `owl-deploy sweep` makes; `run` does not read it."""
@@ -677,6 +693,8 @@ class Recipe(Settings):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"export: two artifacts are named {twice[0]}")
+        if self.tasks is not None and self.bench is None:
+            raise ValueError("tasks: benched artifacts answer them, and the recipe has no bench stage")
         if self.bench is not None and self.bench.baseline not in names:
             raise ValueError(f"bench.baseline: {self.bench.baseline!r} is not among the artifacts {names}")
         for peer in self.bench.peer if self.bench is not None else ():

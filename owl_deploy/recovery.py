@@ -9,28 +9,27 @@ sets of hidden states. A finished block is a shard of the final checkpoint, so t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from owl_deploy.adapters import attach, merge
 from owl_deploy.bias_correction import correct_biases_, mean_outputs, with_biases
 from owl_deploy.block_pruning import whole_mask_sha256, zero_facts
 from owl_deploy.block_recovery import mean_output_error, pruned_positions, recover_block_
 from owl_deploy.calibration import calibration_tokens
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.devices import resolve_products
-from owl_deploy.distillation import distill_, held_out_loss, load_state_, save_state
+from owl_deploy.devices import resolve_devices, resolve_products
 from owl_deploy.errors import OwlDeployError, UnsupportedModelError
 from owl_deploy.files import new_folder, write_json
-from owl_deploy.generation import load_torch_model
 from owl_deploy.hidden_states import HiddenStates
 from owl_deploy.lineage import check_zeros
 from owl_deploy.memory import peak_rss_bytes, reset_peak_rss
+from owl_deploy.model_recovery import recover_model
 from owl_deploy.observation import run_block
 from owl_deploy.progress import OnStep, Step, silent
 from owl_deploy.recipe import RecoverSettings
@@ -72,6 +71,7 @@ def recover(
     out: Path,
     seed: int = 0,
     threads: int | Literal["auto"] = "auto",
+    device: str = "auto",
     resume: bool = False,
     force: bool = False,
     offline: bool = False,
@@ -86,6 +86,8 @@ def recover(
         out: folder of the result.
         seed: of text and order of training.
         threads: torch threads; a resumed run must use as many, or sums could round differently.
+        device: where to train, see `devices.resolve_devices`. Several take distill, spp and lora together, a process
+            each; blockwise and bias, which have one block at a time, are done on the first.
         resume: continue a stopped run of the same models, data and settings.
         force: replace `out` if it exists.
         offline: never ask a hub.
@@ -99,8 +101,9 @@ def recover(
         raise OwlDeployError(f"{out} exists already: give another --out, or --force to replace it")
     n_threads = resolve_threads(threads).n
     torch.set_num_threads(n_threads)
-    sparse = open_skeleton(open_checkpoint(model, offline=offline))
-    dense = open_skeleton(_reference(sparse.checkpoint, reference, offline=offline))
+    devices = resolve_devices(device)
+    sparse = open_skeleton(open_checkpoint(model, offline=offline), devices[0])
+    dense = open_skeleton(_reference(sparse.checkpoint, reference, offline=offline), devices[0])
     _refuse_other_architecture(sparse, dense)
     check_zeros(sparse, on_step)
     calibration = calibration_tokens(dense.checkpoint, settings, seed=seed, on_step=on_step)
@@ -112,7 +115,8 @@ def recover(
         **settings.model_dump(mode="json"),
         "seed": seed,
         "threads": n_threads,
-        "products": str(resolve_products(settings.forward_dtype)),
+        "device": ",".join(device.type for device in devices),
+        "products": str(resolve_products(settings.forward_dtype, devices[0])),
         "tokens_sha256": calibration.sha256,
         **{f"model file {name}": digest for name, digest in sparse.checkpoint.fingerprint.items()},
         **{f"reference file {name}": digest for name, digest in dense.checkpoint.fingerprint.items()},
@@ -127,9 +131,9 @@ def recover(
     elif settings.method == "blockwise":
         training, measured = _recover_blocks(sparse, dense, settings, tokens, n_held_out, seed, work, on_step)
     else:
-        training, measured = _distill_blocks(sparse, dense, settings, tokens, n_held_out, seed, work, on_step)
+        training, measured = _recover_model(sparse, dense, settings, tokens, n_held_out, seed, devices, work, on_step)
     recovery = {
-        **recovery_identity(sparse.checkpoint, dense.checkpoint, settings, seed=seed),
+        **recovery_identity(sparse.checkpoint, dense.checkpoint, settings, devices, seed=seed),
         "learning_rate": settings.rate,
         "batch_size": settings.sequences_per_step,
         "reference": dense.checkpoint.source,
@@ -148,14 +152,17 @@ def recover(
     return RecoveryReport(out, facts, seconds, peak)
 
 
-def recovery_identity(sparse: Checkpoint, dense: Checkpoint, settings: RecoverSettings, *, seed: int) -> dict[str, Any]:
+def recovery_identity(
+    sparse: Checkpoint, dense: Checkpoint, settings: RecoverSettings, devices: Sequence[torch.device], *, seed: int
+) -> dict[str, Any]:
     """Return the part of owl.json's `recovery` that two checkpoints share if one can stand for the other."""
     return {
         "method": settings.method,
         "settings": settings.model_dump(mode="json"),
         "seed": seed,
         "versions": versions("torch", "transformers", "safetensors"),
-        "products": str(resolve_products(settings.forward_dtype)).removeprefix("torch."),
+        "device": ",".join(device.type for device in devices),
+        "products": str(resolve_products(settings.forward_dtype, devices[0])).removeprefix("torch."),
         "checkpoint_sha256": sparse.fingerprint,
         "reference_sha256": dense.fingerprint,
     }
@@ -188,6 +195,11 @@ def _refuse_other_architecture(sparse: Skeleton, dense: Skeleton) -> None:
             )
 
 
+# What a dense block's outputs tell beside its targets; and what makes a sparse block better, which returns its record.
+_Look: TypeAlias = Callable[[nn.Module, BlockInputs, int], Any]
+_Improve: TypeAlias = Callable[[nn.Module, BlockInputs, HiddenStates, int, Any, "float | None"], dict[str, Any]]
+
+
 def _recover_blocks(
     sparse: Skeleton,
     dense: Skeleton,
@@ -198,42 +210,21 @@ def _recover_blocks(
     work: WorkFolder,
     on_step: OnStep,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train block after block, each on what the trained blocks before it leave; return how it went, and how long."""
-    dtype = resolve_products(settings.forward_dtype)
-    inputs, wanted = _for_training(sparse.capture(tokens, dtype=dtype)), dense.capture(tokens)
-    n_blocks = len(sparse.blocks)
-    is_finished = [work.is_finished(index) for index in range(n_blocks)]  # each reads its shard whole
-    n_left = is_finished.count(False)
-    budget = None if settings.budget is None else settings.budget * n_left / n_blocks
-    began = time.monotonic()
-    for index in range(n_blocks):
-        started = time.monotonic()
-        with dense.filled(index) as block:
-            entering = wanted if settings.targets == "dense" else inputs
-            targets = _outputs(block, BlockInputs(entering.hidden_states, wanted.arguments, wanted.dtype), index)
-        with sparse.filled(index) as block:
-            if not is_finished[index]:
-                prefix = f"{sparse.prefix}.{index}."
-                names = {linear.parameter.removeprefix(prefix) for linear in sparse.linears(index).values()}
-                masks = pruned_positions(block, sorted(names))
-                deadline = None if budget is None else started + (budget - (started - began)) / n_left
-                trained = recover_block_(
-                    block, inputs, targets, index, masks, settings, n_held_out=n_held_out, seed=seed, deadline=deadline
-                )
-                _keep_from_underflow_(sparse, index, masks)
-                write_shard(sparse, index, work.shard(index))
-                n_left -= 1
-                record = {"index": index, "before": trained.before, "after": trained.after, "curve": trained.curve}
-                measured = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-                work.finish(index, linears=_zeros(sparse, index), measured=measured, training=record)
-            fill_from_shard_(sparse, index, work.shard(index))
-            inputs = BlockInputs(_outputs(block, inputs, index), inputs.arguments, inputs.dtype)
-        if settings.targets == "dense":
-            wanted = BlockInputs(targets, wanted.arguments, wanted.dtype)
-        before, after = (work.record(index)["training"][key] for key in ("before", "after"))
-        on_step(Step("recovering blocks", index + 1, n_blocks, f"error {before:.3g} to {after:.3g}"))
-    records = [work.record(index) for index in range(n_blocks)]
-    return {"blocks": [record["training"] for record in records]}, {"blocks": [r["measured"] for r in records]}
+    """Train block after block; return how it went, and how long it took."""
+
+    def train(
+        block: nn.Module, inputs: BlockInputs, targets: HiddenStates, index: int, _: Any, deadline: float | None
+    ) -> dict[str, Any]:
+        prefix = f"{sparse.prefix}.{index}."
+        names = {linear.parameter.removeprefix(prefix) for linear in sparse.linears(index).values()}
+        masks = pruned_positions(block, sorted(names))
+        trained = recover_block_(
+            block, inputs, targets, index, masks, settings, n_held_out=n_held_out, seed=seed, deadline=deadline
+        )
+        _keep_from_underflow_(sparse, index, masks)
+        return {"before": trained.before, "after": trained.after, "curve": trained.curve}
+
+    return _stream_blocks(sparse, dense, settings, tokens, work, on_step, lambda *_: None, train)
 
 
 def _correct_blocks(
@@ -246,28 +237,59 @@ def _correct_blocks(
     on_step: OnStep,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Correct the biases of block after block; return what it did to the errors of held-out sequences, and the time."""
-    dtype = resolve_products(settings.forward_dtype)
-    inputs, wanted = sparse.capture(tokens, dtype=dtype), dense.capture(tokens, dtype=dtype)
-    n_blocks, n_train = len(sparse.blocks), len(tokens) - n_held_out
+    n_train = len(tokens) - n_held_out
+
+    def look(block: nn.Module, entering: BlockInputs, index: int) -> dict[str, torch.Tensor]:
+        return mean_outputs(block, _first(entering, n_train), index, dense.linears(index))
+
+    def correct(
+        block: nn.Module, inputs: BlockInputs, targets: HiddenStates, index: int, means: Any, _: float | None
+    ) -> dict[str, Any]:
+        before = mean_output_error(block, inputs, targets, index, n_train)
+        as_they_were = {name: value.clone() for name, value in block.named_parameters()}
+        correct_biases_(block, _first(inputs, n_train), index, sparse.linears(index), means)
+        after = mean_output_error(block, inputs, targets, index, n_train)
+        is_better = after < before
+        if not is_better:
+            for name, value in as_they_were.items():
+                sparse.fill_(block, name, value)
+        return {"before": before, "after": min(before, after), "is_corrected": is_better}
+
+    return _stream_blocks(sparse, dense, settings, tokens, work, on_step, look, correct)
+
+
+def _stream_blocks(
+    sparse: Skeleton,
+    dense: Skeleton,
+    settings: RecoverSettings,
+    tokens: torch.Tensor,
+    work: WorkFolder,
+    on_step: OnStep,
+    look: _Look,
+    improve: _Improve,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Improve block after block, each on what the improved blocks before it leave.
+
+    A time budget is shared among the blocks that are to be done; what one leaves over goes to those after it.
+    """
+    inputs = _for_training(sparse.capture(tokens, dtype=resolve_products(settings.forward_dtype, sparse.device)))
+    wanted = dense.capture(tokens)
+    n_blocks = len(sparse.blocks)
+    is_finished = [work.is_finished(index) for index in range(n_blocks)]  # each reads its shard whole
+    n_left = is_finished.count(False)
+    end = None if settings.budget is None else time.monotonic() + settings.budget * n_left / n_blocks
     for index in range(n_blocks):
         started = time.monotonic()
-        is_finished = work.is_finished(index)
         entering = wanted if settings.targets == "dense" else inputs
         with dense.filled(index) as block:
-            means = {} if is_finished else mean_outputs(block, _first(entering, n_train), index, dense.linears(index))
+            seen = None if is_finished[index] else look(block, entering, index)
             targets = _outputs(block, BlockInputs(entering.hidden_states, wanted.arguments, wanted.dtype), index)
         with sparse.filled(index) as block:
-            if not is_finished:
-                before = mean_output_error(block, inputs, targets, index, n_train)
-                as_they_were = {name: value.clone() for name, value in block.named_parameters()}
-                correct_biases_(block, _first(inputs, n_train), index, sparse.linears(index), means)
-                after = mean_output_error(block, inputs, targets, index, n_train)
-                is_better = after < before
-                if not is_better:
-                    for name, value in as_they_were.items():
-                        sparse.fill_(block, name, value)
+            if not is_finished[index]:
+                deadline = None if end is None else started + (end - started) / n_left
+                record = {"index": index, **improve(block, inputs, targets, index, seen, deadline)}
                 write_shard(sparse, index, work.shard(index))
-                record = {"index": index, "before": before, "after": min(before, after), "is_corrected": is_better}
+                n_left -= 1
                 measured = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
                 work.finish(index, linears=_zeros(sparse, index), measured=measured, training=record)
             fill_from_shard_(sparse, index, work.shard(index))
@@ -288,60 +310,39 @@ def _first(inputs: BlockInputs, n: int) -> BlockInputs:
     return BlockInputs(states, inputs.arguments, inputs.dtype)
 
 
-def _distill_blocks(
+def _recover_model(
     sparse: Skeleton,
     dense: Skeleton,
     settings: RecoverSettings,
     tokens: torch.Tensor,
     n_held_out: int,
     seed: int,
+    devices: Sequence[torch.device],
     work: WorkFolder,
     on_step: OnStep,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train the whole model, or adapters; write its blocks as shards; return how it went, and how long it took."""
-    model, teacher = load_torch_model(sparse.checkpoint), load_torch_model(dense.checkpoint)
-    by_block = [[linear.parameter for linear in sparse.linears(i).values()] for i in range(len(sparse.blocks))]
-    parameters = dict(model.named_parameters())
-    masks = {name: parameters[name] == 0 for names in by_block for name in names}
-    is_whole = settings.method == "distill"
-    trained = [name for name in parameters if name.startswith(f"{sparse.prefix}.")]
-    if settings.method == "spp" or settings.method == "lora":
-        model, trained = attach(model, sparse, settings.method, rank=settings.rank, seed=seed)
-    file = work.folder / "state.safetensors"
-    state = distill_(
-        model,
-        teacher,
-        tokens,
-        masks if is_whole else {},
-        trained,
+    found = recover_model(
+        sparse,
+        dense,
         settings,
+        tokens,
         n_held_out=n_held_out,
         seed=seed,
-        state=load_state_(model, trained, file),
-        on_check=lambda state: save_state(state, model, trained, file),
+        devices=devices,
+        folder=work.folder,
         on_step=on_step,
     )
-    curve = [{"step": step, "loss": loss} for step, _, loss in state.curve]
-    training: dict[str, Any] = {"curve": curve}
-    if settings.method == "spp" or settings.method == "lora":
-        model = merge(model, settings.method)
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, pruned in masks.items():
-                parameters[name].masked_fill_(pruned, 0)
-    if settings.method == "lora":
-        after = held_out_loss(model, teacher, tokens[-n_held_out:], settings)
-        training["pruned_again"] = {"before": min(check["loss"] for check in curve), "after": after}
     for index in range(len(sparse.blocks)):
         prefix = f"{sparse.prefix}.{index}."
         with sparse.filled(index) as block:
             for name, _ in list(block.named_parameters()):
-                sparse.fill_(block, name, parameters[prefix + name].detach())
-            here = {name.removeprefix(prefix): masks[name] for name in by_block[index]}
-            _keep_from_underflow_(sparse, index, here)
+                sparse.fill_(block, name, found.parameters[prefix + name])
+            names = [linear.parameter for linear in sparse.linears(index).values()]
+            _keep_from_underflow_(sparse, index, {name.removeprefix(prefix): found.masks[name] for name in names})
             write_shard(sparse, index, work.shard(index))
             work.finish(index, linears=_zeros(sparse, index), measured={"peak_rss_bytes": peak_rss_bytes()})
-    return training, {"curve": [{"step": step, "seconds": seconds} for step, seconds, _ in state.curve]}
+    return found.training, found.measured
 
 
 @torch.no_grad()

@@ -126,6 +126,7 @@ def _take_along_the_line(records: SweepRecords, cells: Sequence[Cell], command: 
             records.record(cell, document)
             records.clear_up(cell)
             meter.n_finished += 1
+            log.info("%s: done, %d of %d cells", cell.name, meter.n_finished, len(cells))
         meter.done = meter.n_finished
         write_results(records, command)
 
@@ -255,7 +256,8 @@ def _measure(records: SweepRecords, cells: Sequence[Cell], meter: _Meter) -> Non
         }
         records.record(cell, document)
         meter.n_finished += 1
-        meter.tell(meter.done, f"{cell.name}: perplexity {evaluations[0]['perplexity']:.2f}")
+        figures = ", ".join(f"{found['perplexity']:.4g} on {found['text']}" for found in evaluations)
+        log.info("%s: perplexity %s; %d of %d cells", cell.name, figures, meter.n_finished, meter.n_cells)
         records.clear_up(cell)
 
 

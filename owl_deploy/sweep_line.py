@@ -36,7 +36,7 @@ def has_line(recipe: Recipe) -> bool:
 
 def line_identity(recipe: Recipe) -> dict[str, Any]:
     """Return what a finished cell must agree in, beside how it was pruned."""
-    stages = recipe.model_dump(mode="json", include={"recover", "export", "eval", "bench", "threads"})
+    stages = recipe.model_dump(mode="json", include={"recover", "export", "eval", "tasks", "bench", "threads"})
     stages["bench"].pop("fail_if")
     return {**stages, "versions": versions("onnxruntime", "onnx")}
 
@@ -76,15 +76,18 @@ def take_cell(
             _link(dense / name, artifacts / name)
     bench = recipe.bench if with_peers else recipe.bench.model_copy(update={"peer": ()})
     own = recipe.model_copy(update={"prune": cell.prune, "bench": bench, "sweep": None})
-    result = run(own, out=folder, resume=True, offline=offline, load_before=load_before, on_step=on_step)
+    result = run(
+        own, out=folder, resume=True, offline=offline, load_before=load_before, keep_going=True, on_step=on_step
+    )
     for name in shared:
-        if not (dense / name).is_dir():
+        if not (dense / name).is_dir() and name not in result.failed:
             _link(artifacts / name, dense / name)
     return {
         "status": "ok",
         "sparsity": json.loads((result.checkpoint / "owl.json").read_text(encoding="utf-8"))["sparsity"],
         "bytes_on_disk": {path.name: open_artifact(path).manifest["bytes_on_disk"] for path in result.artifacts},
         "report": result.measured,
+        "failed": dict(result.failed),
         "seconds": {"all": round(time.perf_counter() - started, 3)},
     }
 
@@ -109,13 +112,17 @@ def write_line_report(
     finished = {cell.name: found for cell, found in records if found and found["status"] == "ok"}
     if not finished:
         return {"sentences": [], "frontier": []}
-    failed = {cell.name: str(found["reason"]) for cell, found in records if found and found["status"] == "failed"}
+    failed = {cell: found["failed"] for cell, found in finished.items()}
+    for cell, record in records:
+        if record and record["status"] == "failed":
+            of_cell = (item.name for item in recipe.export if item.checkpoint != "dense")
+            failed[cell.name] = dict.fromkeys(of_cell, str(record["reason"]))
     result = merged(
         {name: found["report"] for name, found in finished.items()},
         failed,
         sizes={name: found["bytes_on_disk"] for name, found in finished.items()},
         series={cell.name: _series(cell) for cell, _ in records},
-        pruned={item.name: (item.weights, item.precision) for item in recipe.export if item.checkpoint != "dense"},
+        exported={item.name: item for item in recipe.export},
         recipe=recipe.model_dump(mode="json"),
         command=command,
         seed=recipe.seed,

@@ -186,7 +186,7 @@ def _line_row(cell: Cell, found: dict[str, Any] | None) -> dict[str, Any]:
             "status": found["status"] if found else "pending",
             "reason": (found or {}).get("reason"),
         }
-    failed = [row["reason"] for row in found["report"]["rows"] if row["status"] != "ok"]
+    failed = [*found["failed"].values(), *(row["reason"] for row in found["report"]["rows"] if row["status"] != "ok")]
     return {
         **_cell_head(cell),
         "status": "ok",

@@ -48,7 +48,8 @@ class TerminalProgress:
             disable=is_quiet or not self.console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._started: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        self._done: dict[str, int] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> TerminalProgress:
@@ -75,14 +76,18 @@ class TerminalProgress:
         self._progress.update(self._tasks[step.stage], completed=step.done, total=step.total, note=step.note)
 
     def _line(self, step: Step) -> None:
-        """Print a plain line at the start and the end of a stage, and now and then between."""
+        """Print a plain line at the end of a stage, and now and then before."""
         now = time.monotonic()
-        if step.done <= 1 or step.stage not in self._started:
-            self._started[step.stage] = now
+        if step.done < self._done.get(step.stage, step.total):  # new, over, or begun anew
+            self._began[step.stage] = (now, step.done)
+        self._done[step.stage] = step.done
         if step.done < step.total and now - self._last_line < _LINE_INTERVAL_S:
             return
         self._last_line = now
-        elapsed = now - self._started[step.stage]
-        left = elapsed / max(step.done, 1) * (step.total - step.done)
-        eta = f", ETA {left:.0f} s" if step.done < step.total else f" in {elapsed:.0f} s"
-        self.console.print(f"{step.stage}: {step.done}/{step.total}{eta} {step.note}", markup=False)
+        began, first = self._began.get(step.stage, (now, step.done))
+        time_text = ""
+        if step.done == step.total:
+            time_text = f" in {now - began:.0f} s"
+        elif step.done > first:
+            time_text = f", ETA {(now - began) / (step.done - first) * (step.total - step.done):.0f} s"
+        self.console.print(f"{step.stage}: {step.done}/{step.total}{time_text} {step.note}", markup=False)

@@ -25,9 +25,12 @@ from transformers import BertConfig
 
 from owl_deploy.artifact import is_artifact
 from owl_deploy.bench.report import write_report
+from owl_deploy.bench.report_file import read_report
+from owl_deploy.bench.run import run_bench
 from owl_deploy.errors import OwlDeployError
 from owl_deploy.export.writer import export_onnx
-from owl_deploy.recipe import ExportSettings
+from owl_deploy.progress import Step
+from owl_deploy.recipe import BenchSettings, EvalSettings, ExportSettings
 
 
 @pytest.fixture
@@ -494,7 +497,7 @@ def test_out_that_exists_needs_force(tiny_model: Path, artifact: Path, tmp_path:
     flags = ("--baseline", "artifact", *SMALL_BENCH, "--out", out)
     assert refused(tmp_path, "bench", artifact, *flags) == expected
     assert call("bench", artifact, *flags, "--force", "--quiet").code == 0
-    assert sorted(item.name for item in out.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(item.name for item in out.iterdir()) == ["report.csv", "report.html", "report.json", "report.md"]
 
 
 def test_out_below_a_file_is_one_sentence(tiny_model: Path, artifact: Path, tmp_path: Path) -> None:
@@ -650,6 +653,43 @@ def test_stopped_bench_leaves_nothing(artifact: Path, tmp_path: Path, number: si
     (tmp_path / "scratch" / ".ses").unlink(missing_ok=True)  # ONNX Runtime 1.31 leaves a session id there
     assert tree(tmp_path) == {"scratch", "artifact", *(f"artifact/{name}" for name in tree(artifact))}
     assert is_artifact(artifact)
+
+
+def interrupted_bench(artifact: Path, out: Path, stage: str, n_done: int) -> None:
+    """Bench for five rounds, and interrupt after so many steps of a stage, of which the first is the warming up."""
+
+    def interrupt(step: Step) -> None:
+        if step.stage.startswith(stage) and step.done == n_done:
+            raise KeyboardInterrupt
+
+    settings = BenchSettings(past_len=(8,), prompt_len=(8, 16), rounds=5, decode_samples=3, prefill_samples=2)
+    evaluation = EvalSettings(window=64, max_windows=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(
+            [artifact],
+            out=out,
+            settings=settings,
+            baseline="artifact",
+            evaluation=evaluation,
+            threads=1,
+            on_step=interrupt,
+        )
+
+
+def test_interrupted_bench_keeps_what_it_measured(artifact: Path, tmp_path: Path) -> None:
+    interrupted_bench(artifact, tmp_path / "report", "prefill of 8", 1 + 3)
+    result = read_report(tmp_path / "report")
+    assert result["stopped"] == "prefill of 8 tokens, after 3 of 5 rounds"
+    assert [(row["phase"], row["prompt_len"], len(row["samples_ns"])) for row in result["rows"]] == [
+        ("decode", 0, 5),
+        ("prefill", 8, 3),
+    ]
+    assert "Interrupted in prefill of 8 tokens" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_bench_interrupted_in_its_second_round_keeps_nothing(artifact: Path, tmp_path: Path) -> None:
+    interrupted_bench(artifact, tmp_path / "report", "decode", 1 + 1)
+    assert not (tmp_path / "report").exists()
 
 
 def test_folder_of_a_tiny_model_is_complete(tmp_path: Path) -> None:

@@ -249,7 +249,12 @@ def test_bench_prints_one_document(exported: tuple[Path, Call], tmp_path: Path) 
     assert [row["phase"] for row in document["rows"]] == ["decode", "prefill"]
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert written["rows"] == document["rows"]
-    assert sorted(item.name for item in (tmp_path / "report").iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(item.name for item in (tmp_path / "report").iterdir()) == [
+        "report.csv",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 def test_engines_list_prints_one_document_or_a_line_each() -> None:

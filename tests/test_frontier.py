@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -18,15 +18,16 @@ from command_line import TEXT, call
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owl_deploy import sweep_line
+from owl_deploy import pipeline, sweep_line, tasks
 from owl_deploy.bench.frontier import Point, frontier, merged, points, sentences
 from owl_deploy.bench.frontier_report import frontier_csv, frontier_plot, frontier_svg, main
 from owl_deploy.bench.report_file import read_report
 from owl_deploy.bench.statistics import Speedup
-from owl_deploy.errors import EngineFailedError, RecipeError
+from owl_deploy.errors import EngineFailedError, ParityError, RecipeError
+from owl_deploy.export.writer import export_onnx
 from owl_deploy.pipeline import run
 from owl_deploy.progress import Step
-from owl_deploy.recipe import Recipe, recipe_from_mapping
+from owl_deploy.recipe import ArtifactSettings, Recipe, recipe_from_mapping
 from owl_deploy.sweep import run_sweep
 
 DENSE_INT8 = Speedup(2.5, 2.4, 2.6)
@@ -41,6 +42,7 @@ def point(
         "sparsity": 0.0,
         "perplexity": perplexity,
         "kl_divergence": 0.1,
+        "accuracy": None,
         "decode_ms": 20 / speed,
         "speedup": Speedup(speed, 0.95 * speed, 1.05 * speed),
         "over": over or {},
@@ -186,7 +188,9 @@ def bench_result(slow_by: float, names: dict[str, float], seed: int, **changes: 
     return {**head, "protocol": {"n_rounds": 4}, "versions": {}, "rows": rows, **changes}
 
 
-def two_cells(failed: dict[str, str] | None = None) -> dict[str, Any]:
+def two_cells(
+    failed: dict[str, dict[str, str]] | None = None, checkpoint: Literal["pruned", "recovered"] = "pruned"
+) -> dict[str, Any]:
     names = {"dense": 20.0, "dense-int8": 8.0}
     cells = {
         "a-0.5": bench_result(1.0, {**names, "int8": 6.0}, 0),
@@ -197,7 +201,12 @@ def two_cells(failed: dict[str, str] | None = None) -> dict[str, Any]:
         failed or {},
         sizes={name: {"dense": 9, "int8": 3} for name in cells},
         series={"a-0.5": "a", "a-0.7": "a", "a-0.9": "a"},
-        pruned={"int8": ("sparse-operator", "int8")},
+        exported={
+            "dense": ArtifactSettings(name="dense", checkpoint="dense"),
+            "dense-int8": ArtifactSettings(name="dense-int8", checkpoint="dense", precision="int8"),
+            "dense-int4": ArtifactSettings(name="dense-int4", checkpoint="dense", precision="int4"),
+            "int8": ArtifactSettings(name="int8", checkpoint=checkpoint, weights="sparse-operator", precision="int8"),
+        },
         recipe={},
         command="owl-deploy sweep",
         seed=0,
@@ -221,10 +230,21 @@ def test_a_cells_ratios_are_those_of_its_own_rounds() -> None:
 
 
 def test_a_failed_cell_is_a_row_with_the_reason() -> None:
-    result = two_cells({"a-0.9": "out of memory"})
+    result = two_cells({"a-0.9": {"int8": "out of memory"}})
     row = result["rows"][-1]
     assert (row["artifact"], row["status"], row["reason"]) == ("a-0.9/int8", "failed", "out of memory")
     assert [item.name for item in points(result)] == ["dense", "dense-int8", "a-0.5/int8", "a-0.7/int8"]
+
+
+def test_a_dense_artifact_that_failed_is_one_row() -> None:
+    rows = two_cells({cell: {"dense-int4": "parity failed"} for cell in ("a-0.5", "a-0.7")})["rows"]
+    failed = [(row["artifact"], row["precision"], row["reason"]) for row in rows if row["status"] == "failed"]
+    assert failed == [("dense-int4", "int4", "parity failed")]
+
+
+def test_recovered_artifacts_are_a_series_of_their_own() -> None:
+    *_, last = points(two_cells(checkpoint="recovered"))
+    assert last.series == "a, recovered, sparse-operator int8"
 
 
 def test_what_failed_parity_is_no_point() -> None:
@@ -301,6 +321,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "out"
 
 
+TASKS = Path(__file__).parent / "tasks"
 CELLS = ["magnitude-uniform-0.5", "magnitude-uniform-0.6"]
 
 
@@ -308,6 +329,7 @@ def test_a_sweep_with_artifacts_ends_in_one_report(finished: Path) -> None:
     assert sorted(item.name for item in (finished / "report").iterdir()) == [
         "frontier.csv",
         "frontier.svg",
+        "report.csv",
         "report.html",
         "report.json",
         "report.md",
@@ -402,9 +424,59 @@ def test_a_cell_that_fails_leaves_the_others(tiny_model: Path, tmp_path: Path, m
     assert ("magnitude-uniform-0.6/operator", "the engine died") in [(row["artifact"], row["reason"]) for row in rows]
 
 
+def test_an_artifact_that_fails_leaves_the_others_of_its_cell(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = export_onnx
+
+    def fail_with_int8(model: str, settings: Any, **keywords: Any) -> Any:
+        if settings.precision == "int8" or settings.weights == "sparse-operator":
+            raise ParityError("logits differ")
+        return real(model, settings, **keywords)
+
+    monkeypatch.setattr(pipeline, "export_onnx", fail_with_int8)
+    changed = mapping(tiny_model)
+    changed["export"].append({"name": "sparse-initializer", "weights": "sparse-initializer"})
+    found = run_sweep(recipe_from_mapping(changed), out=tmp_path / "out", only=CELLS[0])
+    assert found["rows"][0]["failed"] == ["logits differ", "logits differ"]
+    decode = [row for row in read_report(tmp_path / "out" / "report")["rows"] if row["phase"] == "decode"]
+    assert [(row["artifact"], row["status"], row["reason"]) for row in decode] == [
+        ("dense", "ok", None),
+        (f"{CELLS[0]}/sparse-initializer", "ok", None),
+        ("dense-int8", "failed", "logits differ"),
+        (f"{CELLS[0]}/operator", "failed", "logits differ"),
+    ]
+
+
+def test_tasks_are_an_axis_and_each_artifact_answers_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = tasks.evaluate_tasks
+
+    def counted(models: Any, *arguments: Any, **keywords: Any) -> Any:
+        asked.extend(Path(model).name for model in models)
+        return real(models, *arguments, **keywords)
+
+    monkeypatch.setattr(tasks, "evaluate_tasks", counted)
+    changed = mapping(tiny_model, tasks={"names": ["colours"], "path": str(TASKS), "limit": 4})
+    run_sweep(recipe_from_mapping(changed), out=tmp_path / "out")
+    assert sorted(asked) == ["dense", "dense-int8", "operator", "operator"]
+    result = read_report(tmp_path / "out" / "report")
+    assert all(row["accuracy"] == row["tasks"]["colours"]["acc_norm"] for row in result["rows"])
+    assert all(row["tasks"]["colours"]["n_samples"] == 4 for row in result["rows"])
+    plot = frontier_plot(points(result))
+    assert plot is not None
+    labels = [button["label"] for button in plot.figure["layout"]["updatemenus"][0]["buttons"]]
+    assert "decode speed-up, accuracy" in labels
+    lines = list(csv.DictReader((tmp_path / "out" / "report" / "frontier.csv").read_text().splitlines()))
+    assert [line["accuracy"] for line in lines] == [str(item.accuracy) for item in points(result)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"bench": None, "tasks": {"names": ["colours"]}}, "the recipe has no bench stage"),
         ({"bench": {"baseline": "operator"}}, "one of the dense artifacts"),
         (
             {"sweep": {"grid": [{"sparsity": [0.5]}], "evals": [{"text": "python-docs"}]}},

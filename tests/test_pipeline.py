@@ -81,7 +81,12 @@ def test_engines_agree_on_the_quality_of_the_same_checkpoint(finished: RunResult
 @pytest.mark.deepsparse
 def test_report_is_written_in_three_forms_with_the_profile_of_the_sparse_model(finished: RunResult) -> None:
     assert finished.report is not None
-    assert {file.name for file in finished.report.iterdir()} == {"report.json", "report.md", "report.html"}
+    assert {file.name for file in finished.report.iterdir()} == {
+        "report.json",
+        "report.md",
+        "report.html",
+        "report.csv",
+    }
     document = json.loads((finished.report / "report.json").read_text())
     assert [len(profile["blocks"]) for profile in document["profiles"]] == [2, 2]
     assert document["recipe"]["prune"]["sparsity"] == 0.6

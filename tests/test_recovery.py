@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from command_line import call
@@ -411,6 +412,82 @@ def test_distillation_with_recomputed_activations_gives_the_same(
     first, second = tensors(distilled), tensors(again)
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "spp"}, {"method": "lora"}, {"gradient_checkpointing": True, "batch_size": 3}],
+    ids=["distill", "spp", "lora", "recomputed, uneven batches"],
+)
+def test_two_processes_train_as_one_does(models: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = RecoverSettings(**{**DISTILL.model_dump(), **changes})
+    one, two = (
+        recover(str(models[1]), None, settings, out=tmp_path / device, threads=2, device=device)
+        for device in ("cpu", "cpu,cpu")
+    )
+    losses = [[check["loss"] for check in report.facts["recovery"]["curve"]] for report in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    first, second = tensors(one.checkpoint), tensors(two.checkpoint)
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=2e-5)
+    assert one.facts["mask_sha256"] == two.facts["mask_sha256"]
+
+
+def test_two_processes_from_the_command_line(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a relative folder, whose name is no URL."""
+    monkeypatch.chdir(tmp_path)
+    flags = ("--calibration", "python-docs", "--n-samples", "4", "--seq-len", "16", "--epochs", "1", "--threads", "2")
+    done = call("recover", models[1], "--method", "distill", *flags, "--device", "cpu,cpu", "--out", "a b%20", "--json")
+    assert done.code == 0, done.stderr
+    assert done.document["checkpoint"] == "a b%20"
+    assert (tmp_path / "a b%20" / "owl.json").is_file()
+
+
+def test_two_processes_that_are_stopped_go_on_to_the_same_bytes(models: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = recover(str(models[1]), None, DISTILL, out=tmp_path / "whole", device="cpu,cpu", threads=2).checkpoint
+    out, steps = tmp_path / "out", []
+
+    def stop(step: Step) -> None:
+        if step.stage == "distilling":
+            steps.append(step.done)
+            if step.done == 5 and len(steps) == 5:
+                raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = {"out": out, "device": "cpu,cpu", "threads": 2, "on_step": stop}
+    with pytest.raises(KeyboardInterrupt):
+        recover(str(models[1]), None, DISTILL, **arguments)
+    assert not out.exists()
+    recover(str(models[1]), None, DISTILL, **arguments, resume=True)
+    assert steps[5] in (4, 7)  # from a check on: the processes may have been a few steps ahead of what they told
+    assert tree(out) == tree(whole)
+
+
+def test_error_of_one_of_two_processes_is_one_sentence(models: tuple[Path, Path], tmp_path: Path) -> None:
+    wild = DISTILL.model_copy(update={"learning_rate": 1.0})
+    with pytest.raises(OwlDeployError, match=r"^distillation diverges: [^\n]*$"):
+        recover(str(models[1]), str(models[1]), wild, out=tmp_path / "out", device="cpu,cpu", threads=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_process_ends_the_others_with_one_sentence(models: tuple[Path, Path], tmp_path: Path) -> None:
+    children: set[int] = set()
+
+    def kill(step: Step) -> None:
+        if step.stage == "distilling" and not children:
+            found = psutil.Process().children(recursive=True)
+            trainers = [child for child in found if "spawn_main" in " ".join(child.cmdline())]
+            children.update(child.pid for child in trainers)
+            trainers[-1].kill()
+
+    settings = DISTILL.model_copy(update={"epochs": 1000})
+    with pytest.raises(OwlDeployError, match="of 2 that train together ended"):
+        recover(str(models[1]), None, settings, out=tmp_path / "out", device="cpu,cpu", threads=2, on_step=kill)
+    assert len(children) == 2
+    alive = psutil.wait_procs([psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=10)[1]
+    assert alive == []
 
 
 def test_distillation_loss_is_the_divergence_times_the_squared_temperature() -> None:

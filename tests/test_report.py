@@ -1,6 +1,7 @@
 """The report: every row appears on every page, nothing flatters, and hostile text stays text."""
 
 import copy
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -11,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from owl_deploy.bench import plots
-from owl_deploy.bench.comparison import void_reason
+from owl_deploy.bench.comparison import row_sentence, void_reason
 from owl_deploy.bench.report import html_page, markdown, terminal_table, write_report
+from owl_deploy.bench.report_csv import report_csv
 from owl_deploy.bench.verdict import cautions, findings, verdict
 from owl_deploy.engines.bridge import LICENCE_NOTICE
 
@@ -273,6 +275,15 @@ def test_void_rule() -> None:
     assert void_reason(FASTER, BROKEN) == "baseline failed parity"
 
 
+def test_line_of_a_finished_row_has_no_speed_without_its_quality() -> None:
+    baseline = bench_result()["rows"][0]
+    assert row_sentence(baseline, baseline) == "dense: 19 ms, perplexity 31.4"
+    assert row_sentence(FASTER, baseline) == "owl70: 10 ms, 1.90x (1.80x to 2.00x), perplexity 812.4"
+    assert row_sentence(UNKNOWN, baseline) == "owl80: 7 ms, void: perplexity unknown"
+    assert row_sentence(BROKEN, baseline) == "owl90: 6 ms, void: parity failed"
+    assert row_sentence(FAILED, baseline) == "owl70-ds: failed: the worker aborted: assertion in graph.cpp"
+
+
 def test_a_baseline_that_failed_parity_voids_every_speedup() -> None:
     result = bench_result(FASTER)
     result["rows"][0]["parity"] = {"passed": False}
@@ -446,12 +457,31 @@ def test_licence_note_is_written_once() -> None:
 # The files.
 
 
+def test_spreadsheet_has_every_row_and_no_void_speedup() -> None:
+    rows = {row["artifact"]: row for row in csv.DictReader(report_csv(full_result()).splitlines())}
+    assert len(rows) == len(full_result()["rows"]) - 1  # prefill has the dense artifact's name again
+    assert (rows["owl70"]["p50_ms"], rows["owl70"]["speedup"], rows["owl70"]["perplexity"]) == ("10.0", "1.9", "812.4")
+    assert (rows["owl80"]["speedup"], rows["owl80"]["void"]) == ("", "perplexity unknown")
+    assert (rows["owl90"]["speedup"], rows["owl90"]["void"]) == ("", "parity failed")
+    assert rows["owl70-ds"]["reason"] == "the worker aborted: assertion in graph.cpp"
+
+
+def test_interrupt_is_named_as_a_weakness() -> None:
+    said = cautions({**full_result(), "stopped": "decode at 256 tokens, after 3 of 10 rounds"})
+    assert "Interrupted in decode at 256 tokens, after 3 of 10 rounds: what was to follow is missing." in said
+
+
 def test_report_json_round_trips(tmp_path: Path) -> None:
     result = full_result()
     before = copy.deepcopy(result)
     write_report(result, tmp_path / "report")
     assert json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8")) == before == result
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "report.csv",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_the_published_schema_is_that_of_the_code() -> None:
     Draft202012Validator.check_schema(PUBLISHED)
 
 
-RESULTS = {"bench": bench_result(FASTER), "sweep": two_cells({"a-0.9": "out of memory"})}
+RESULTS = {"bench": bench_result(FASTER), "sweep": two_cells({"a-0.9": {"int8": "out of memory"}})}
 
 
 @pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)

@@ -384,14 +384,17 @@ def test_stopped_sweep_goes_on_with_the_checkpoints_it_had(tiny_model: Path, tmp
     assert not kept.exists()
 
 
-def test_bar_moves_forward_only_and_ends_full(tiny_model: Path, tmp_path: Path) -> None:
+def test_bar_moves_forward_only_and_ends_full(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     steps: list[Step] = []
-    run_sweep(two_cells(tiny_model), out=tmp_path, on_step=steps.append)
+    with caplog.at_level("INFO", "owl_deploy.sweep"):
+        run_sweep(two_cells(tiny_model), out=tmp_path, on_step=steps.append)
     assert {step.stage for step in steps} == {"sweep"}
     done = [step.done for step in steps]
     assert done == sorted(done)
     assert done[-1] == steps[-1].total
-    assert "2 of 2 cells" in steps[-1].note
+    assert [message.endswith(f"; {n} of 2 cells") for n, message in enumerate(caplog.messages, start=1)] == [True] * 2
 
 
 # Failures.

@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.cache import owl_deploy_cache
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
+from owl_deploy.devices import resolve_products
 from owl_deploy.engines.llama_cpp import LLAMA_CPP, has_compiler
 from owl_deploy.engines.openvino import OPENVINO
 from owl_deploy.engines.peer import PEER_FORMAT, Peer, PeerFacts, open_peer
@@ -150,12 +153,15 @@ def _openvino_facts(checkpoint: Checkpoint, precision: str, n_bytes: int, max_po
     is_tied = bool(checkpoint.config.get("tie_word_embeddings")) or "lm_head.weight" not in shapes
     element_bytes = 4 if precision == "fp32" else 1  # of an embedding, in int4 models too
     embedding = 0 if is_tied else math.prod(shapes.get("model.embed_tokens.weight", (0,))) * element_bytes
+    # What OpenVINO's runtime model says; its cache of 8 bits belongs to a fused attention that this graph does not get.
+    products = resolve_products("auto", torch.device("cpu"))
+    computed = (
+        f"products, keys and values in {str(products).removeprefix('torch.')}, OpenVINO's default for this machine"
+    )
     rounded = {
         "fp32": "computed in float32, keys and values too",
-        "int8": "weights rounded by NNCF, int8 with a scale per row; keys and values as OpenVINO's default for this "
-        "machine has them (8 bits)",
-        "int4": "weights rounded by NNCF, symmetric int4 in groups of 32, head and embedding int8; keys and values as "
-        "OpenVINO's default for this machine has them (8 bits)",
+        "int8": f"weights rounded by NNCF, int8 with a scale per row; {computed}",
+        "int4": f"weights rounded by NNCF, symmetric int4 in groups of 32, head and embedding int8; {computed}",
     }
     facts = _facts(
         checkpoint,
@@ -165,7 +171,7 @@ def _openvino_facts(checkpoint: Checkpoint, precision: str, n_bytes: int, max_po
         model=".",
         bytes_dense=n_bytes,
         step_bytes=n_bytes - embedding,
-        kv_element_bytes=4 if precision == "fp32" else 1,
+        kv_element_bytes=4 if precision == "fp32" else products.itemsize,
         notes=(
             rounded[precision],
             "timed decode steps follow one another, each with one position more in the cache than the one before",
