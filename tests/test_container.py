@@ -256,8 +256,39 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """Builds images from the bases and the wheels, with pip's settings as a secret."""
+
+    storage: Storage
+    wheelhouse: Path
+    pip_conf: Path
+    secret: str
+
+    def build(self, context: Path, name: str, *arguments: str) -> Image:
+        """Build a folder's Dockerfile, and make a container of the image."""
+        tag = f"localhost/{name}"
+        values = ("BASE=localhost/base", "BUILD_BASE=localhost/build-base", *arguments)
+        self.storage.buildah(
+            *("build", "--format", "docker", "--isolation", "chroot", "--network", "host", "--tag", tag),
+            *(word for value in values for word in ("--build-arg", value)),
+            *("--secret", f"id=pip_conf,src={self.pip_conf}", "--volume", f"{self.wheelhouse}:/mnt:ro"),
+            ".",
+            timeout_s=900,
+            cwd=context,
+        )
+        container = self.storage.buildah("from", tag)
+        return Image(
+            storage=self.storage,
+            container=container,
+            filesystem=Path(self.storage.buildah("mount", container)),
+            description=json.loads(self.storage.buildah("inspect", "--type", "image", tag)),
+            secret=self.secret,
+        )
+
+
 @pytest.fixture(scope="module")
-def image(source: Path, base_archives: dict[str, Path], wheelhouse: Path, project: dict[str, Any]) -> Iterator[Image]:
+def builder(base_archives: dict[str, Path], wheelhouse: Path) -> Iterator[Builder]:
     with tempfile.TemporaryDirectory(prefix="owl-deploy-image-") as folder:
         storage = Storage(Path(folder))
         for name, archive in base_archives.items():
@@ -269,26 +300,15 @@ def image(source: Path, base_archives: dict[str, Path], wheelhouse: Path, projec
         pip_conf = Path(folder) / "pip.conf"
         # The wheels appear under /mnt because every base has that folder: a folder made for them would stay behind.
         pip_conf.write_text(f"[global]\n# {secret}\nno-index = true\nfind-links = /mnt\n")
-        storage.buildah(
-            *("build", "--format", "docker", "--isolation", "chroot", "--network", "host"),
-            *("--tag", "localhost/owl-deploy", "--build-arg", "ARTIFACT=artifact"),
-            *("--build-arg", "BASE=localhost/base", "--build-arg", "BUILD_BASE=localhost/build-base"),
-            *("--build-arg", f"VERSION={project['project']['version']}"),
-            *("--secret", f"id=pip_conf,src={pip_conf}", "--volume", f"{wheelhouse}:/mnt:ro"),
-            ".",
-            timeout_s=900,
-            cwd=source,
-        )
-        container = storage.buildah("from", "localhost/owl-deploy")
-        yield Image(
-            storage=storage,
-            container=container,
-            filesystem=Path(storage.buildah("mount", container)),
-            description=json.loads(storage.buildah("inspect", "--type", "image", "localhost/owl-deploy")),
-            secret=secret,
-        )
+        yield Builder(storage, wheelhouse, pip_conf, secret)
         storage.buildah("rm", "--all")
         storage.buildah("rmi", "--all", "--force")
+
+
+@pytest.fixture(scope="module")
+def image(builder: Builder, source: Path, project: dict[str, Any]) -> Image:
+    version = project["project"]["version"]
+    return builder.build(source, "owl-deploy", "ARTIFACT=artifact", f"VERSION={version}")
 
 
 def test_default_command_serves_on_every_address_of_the_container(image: Image) -> None:
@@ -340,14 +360,29 @@ def test_health_check_tells_a_server_that_listens_from_none(image: Image) -> Non
             image.storage.buildah(*ask)
 
 
-def test_image_packages_its_own_artifact_again(image: Image) -> None:
-    """From an installed wheel, without a source tree."""
+@pytest.fixture(scope="module")
+def context(image: Image) -> Path:
+    """What `package` writes in the image: from an installed wheel, without a source tree."""
     command = ["owl-deploy", "package", "/models", "--out", "/work/context", "--unchecked", "--quiet", "--json"]
     facts = json.loads(image.run(*command))
     assert {"Dockerfile", "kubernetes.yaml", "artifact/model.onnx", facts["wheel"]} <= set(facts["files"])
-    with zipfile.ZipFile(image.filesystem / "work" / "context" / facts["wheel"]) as wheel:
-        assert "owl_deploy/image/Dockerfile" in wheel.namelist()
-        assert [name for name in wheel.namelist() if name.endswith(".so")]
+    return image.filesystem / "work" / "context"
+
+
+def test_image_packages_its_own_artifact_again(context: Path) -> None:
+    (wheel,) = context.glob("*.whl")
+    with zipfile.ZipFile(wheel) as names:
+        assert "owl_deploy/image/Dockerfile" in names.namelist()
+        assert [name for name in names.namelist() if name.endswith(".so")]
+
+
+def test_packaged_context_builds_an_image_that_answers(builder: Builder, context: Path) -> None:
+    """Nothing is given but the bases: artifact and version are defaults of its Dockerfile."""
+    with builder.build(context, "packaged").serving() as server:
+        assert eventually(lambda: httpx.get(f"{server.url}/health/ready").status_code == 200)
+        body = {"model": "models", "prompt": "An owl", "max_tokens": 4, "temperature": 0, "logit_bias": {"1": -100}}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.json()["usage"]["completion_tokens"] == 4
 
 
 def test_image_without_a_model_says_so(image: Image) -> None:

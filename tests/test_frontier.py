@@ -494,7 +494,8 @@ def test_the_table_fits_a_hundred_columns(finished: Path, tiny_model: Path, tmp_
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(mapping(tiny_model)))
     done = call("sweep", tmp_path / "r.yaml", "--out", again, "--quiet")
     assert done.code == 0, done.stderr
-    lines = done.stdout.splitlines()
+    *lines, last = done.stdout.splitlines()
     assert max(map(len, lines)) <= 100
+    assert last == f"Report: {again / 'report/report.html'}"
     assert any("magnitude-uniform-0.6" in line for line in lines)
     assert any("dense decodes in" in line for line in lines)
