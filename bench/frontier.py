@@ -8,6 +8,7 @@ measured here, and no page is written.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -285,8 +286,17 @@ def _beaten_sentence(other: Point, sparse: Sequence[Point]) -> str:
     ]
     if not beaten:
         return ""
-    names = ", ".join(f"{_shown(point)} at {percent(point.sparsity)}" for point in beaten)
-    return f"{_shown(other)} is faster and better than {names}."
+    n_beaten = Counter(map(_kind, beaten))
+    n_all = Counter(map(_kind, sparse))
+    whole = [kind for kind, n in n_beaten.items() if n == n_all[kind] > 1]
+    names = [f"every {printable(kind)}" for kind in whole]
+    names += [f"{_shown(point)} at {percent(point.sparsity)}" for point in beaten if _kind(point) not in whole]
+    return f"{_shown(other)} is faster and better than {', '.join(names)}."
+
+
+def _kind(point: Point) -> str:
+    """Return which of a cell's artifacts this is, which the same of other cells share."""
+    return point.name.rpartition("/")[2]
 
 
 def _shown(point: Point) -> str:

@@ -103,6 +103,14 @@ def test_an_interval_that_holds_one_is_no_difference() -> None:
     assert "is not shown to be faster or slower than dense-int8 (1.02x (0.97-1.08))" in said[1]
 
 
+def test_what_is_beaten_in_every_cell_is_named_once() -> None:
+    beaten = {"dense-int8": Speedup(0.6, 0.5, 0.7)}
+    slow = [sparse(f"{cell}/fp32", 1.5, 30.0, 0.5, **beaten) for cell in "ab"]
+    some = [sparse("a/fp16", 1.5, 30.0, 0.5, **beaten), sparse("b/fp16", 2.6, 30.0, 0.5)]
+    said = sentences([BASELINE, point("dense-int8", 2.5, 10.2), *slow, *some])
+    assert said[-1] == "dense-int8 is faster and better than every fp32, a/fp16 at 50 %."
+
+
 def test_a_dense_artifact_that_beats_sparse_ones_is_named() -> None:
     slow = sparse("a/fp32", 1.5, 30.0, 0.5, **{"dense-int8": Speedup(0.6, 0.5, 0.7)})
     near = sparse("b/fp32", 2.4, 30.0, 0.7, **{"dense-int8": Speedup(0.96, 0.9, 1.02)})
