@@ -43,9 +43,11 @@ from owl_deploy.files import write_bytes
 __all__ = ["frontier_csv", "frontier_plot", "frontier_svg", "frontier_table", "print_frontier", "write_frontier_report"]
 
 _CAPTION = (
-    "Best is right and low (with speed-up) or left and low (with the other axes). Marks carry their sparsity; the "
-    "dashed line joins what no other artifact beats in both. The menu changes the axes."
+    "Best is right and low (with speed-up) or left and low (with the other axes). The dashed line joins what no other "
+    "artifact beats in both; marks on it carry their sparsity. The menu changes the axes."
 )
+
+_MARKERS = "osD^vP*Xh<>pd"
 
 
 def write_frontier_report(result: Result, folder: Path) -> None:
@@ -81,7 +83,7 @@ def frontier_plot(found: Sequence[Point]) -> Plot | None:
         return None
     best = frontier(found)
     groups = {name: [point for point in found if point.series == name] for name in dict.fromkeys(_series(found))}
-    data = [_marks(name, group, place) for place, (name, group) in enumerate(groups.items())]
+    data = [_marks(name, group, best, place) for place, (name, group) in enumerate(groups.items())]
     data.append(
         {
             "type": "scatter",
@@ -131,10 +133,10 @@ def _series(found: Sequence[Point]) -> list[str]:
     return [point.series for point in found]
 
 
-def _marks(name: str, group: Sequence[Point], place: int) -> dict[str, Any]:
+def _marks(name: str, group: Sequence[Point], best: Sequence[Point], place: int) -> dict[str, Any]:
     return series_line(name, place) | {
         "mode": "markers+text",
-        "text": [percent(point.sparsity, digits=0) if not point.is_dense else "" for point in group],
+        "text": [_label(point, best) for point in group],
         "textposition": "top center",
         "cliponaxis": False,
         "customdata": [
@@ -153,6 +155,11 @@ def _marks(name: str, group: Sequence[Point], place: int) -> dict[str, Any]:
             "perplexity %{customdata[4]}, KL %{customdata[5]}<extra></extra>"
         ),
     }
+
+
+def _label(point: Point, best: Sequence[Point]) -> str:
+    """Return the sparsity of what is on the frontier: elsewhere marks lie too close for text."""
+    return percent(point.sparsity, digits=0) if point in best and not point.is_dense else ""
 
 
 def _values(group: Sequence[Point], key: str) -> list[float | None]:
@@ -190,7 +197,7 @@ def frontier_svg(found: Sequence[Point], workload: str) -> bytes:
     from owl_deploy.svg import COLOURS, INK, new_figure, svg_bytes
 
     best = frontier(found)
-    with new_figure(7.2, 5.0) as figure:
+    with new_figure(7.2, 5.8) as figure:
         axes = figure.subplots()
         for place, name in enumerate(dict.fromkeys(_series(found))):
             group = [point for point in found if point.series == name]
@@ -203,20 +210,19 @@ def frontier_svg(found: Sequence[Point], workload: str) -> bytes:
                 xerr=whiskers,
                 label=printable(name),
                 color=COLOURS[place % len(COLOURS)],
-                marker="osD^vP*X"[place % 8],
+                marker=_MARKERS[place % len(_MARKERS)],
                 linestyle="none",
                 capsize=2,
             )
             for point in group:
-                if not point.is_dense:
-                    axes.annotate(
-                        percent(point.sparsity, digits=0),
-                        (point.speedup.p50, point.perplexity),
-                        textcoords="offset points",
-                        xytext=(0, 6),
-                        ha="center",
-                        fontsize=8,
-                    )
+                axes.annotate(
+                    _label(point, best),
+                    (point.speedup.p50, point.perplexity),
+                    textcoords="offset points",
+                    xytext=(0, 6),
+                    ha="center",
+                    fontsize=8,
+                )
         axes.plot(
             [point.speedup.p50 for point in best],
             [point.perplexity for point in best],
@@ -230,7 +236,7 @@ def frontier_svg(found: Sequence[Point], workload: str) -> bytes:
         axes.set_xlabel("speed-up over the baseline")
         axes.set_ylabel("perplexity")
         axes.set_title(workload)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
         return svg_bytes(figure, f"Quality against speed: {workload}", " ".join(sentences(found)))
 
 

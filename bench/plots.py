@@ -16,7 +16,10 @@ Figure: TypeAlias = dict[str, Any]
 
 # Each has at least 3:1 contrast on the page's light and dark panels; the symbols tell series apart without colour.
 PALETTE = ("#2f78d0", "#c8602a", "#23906a", "#a95bc6", "#c4485f", "#8a7a1f", "#2a8a9c", "#7b7f87")
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
+_SYMBOLS = (
+    *("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon"),
+    *("triangle-down", "bowtie", "hourglass", "pentagon", "star-triangle-up"),
+)
 _GREY = "#7b7f87"
 _MAX_TEXT = 48
 _SPARSE = 0.05
