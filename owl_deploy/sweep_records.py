@@ -29,6 +29,9 @@ from owl_deploy.versions import commit
 
 __all__ = ["SweepRecords", "read_json", "write_results"]
 
+# Its words change with the release of Python: a long sweep that goes on under another keeps its cells, and says so.
+_TEXT_WITH_EDITIONS = "python-docs"
+
 
 @dataclass(frozen=True)
 class SweepRecords:
@@ -96,7 +99,18 @@ class SweepRecords:
         if cell is not None:
             # A setting that came after the record was written had its default then.
             before = {**before, "prune": {**PruneSettings().model_dump(mode="json"), **before.get("prune", {})}}
+            if not has_line(self.recipe):
+                before["texts"] = self._in_this_edition(before.get("texts"))
         return found if before == self.identity(cell) else None
+
+    def _in_this_edition(self, texts: Any) -> Any:
+        """Return the texts of a record with the tokens of today's edition, where a text has editions."""
+        if not isinstance(texts, list) or len(texts) != len(self.texts):
+            return texts
+        return [
+            {**text, "tokens_sha256": now["tokens_sha256"]} if now["text"] == _TEXT_WITH_EDITIONS else text
+            for text, now in zip(texts, self.texts, strict=True)
+        ]
 
     def finished(self, cell: Cell | None) -> dict[str, Any] | None:
         """Return what is on record of this very cell, where it was measured."""
@@ -145,7 +159,7 @@ def _document(records: SweepRecords, command: str) -> dict[str, Any]:
     """Return the content of results.json: what is on record of every cell now."""
     dense = records.finished(None)
     assert dense is not None
-    rows = [_row(cell, records.load(cell)) for cell in records.cells]
+    rows = [_row(cell, records.load(cell), records.texts) for cell in records.cells]
     # Every cell that needs data sees the same, unless the grid varies it: said once, and by its hash in the rows.
     calibrations = []
     for row in rows:
@@ -202,7 +216,7 @@ def _cell_head(cell: Cell) -> dict[str, Any]:
     return head | ({"settings": cell.varied} if cell.varied else {})
 
 
-def _row(cell: Cell, found: dict[str, Any] | None) -> dict[str, Any]:
+def _row(cell: Cell, found: dict[str, Any] | None, texts: list[dict[str, Any]]) -> dict[str, Any]:
     head = _cell_head(cell)
     if found is None:
         return {**head, "status": "pending"}
@@ -212,7 +226,16 @@ def _row(cell: Cell, found: dict[str, Any] | None) -> dict[str, Any]:
         **head,
         "status": "ok",
         "realised": found["sparsity"],
-        "evaluations": [{key: item[key] for key in FIGURES} for item in found["evaluations"]],
+        "evaluations": [
+            {key: item[key] for key in FIGURES} | _edition(item, text)
+            for item, text in zip(found["evaluations"], texts, strict=True)
+        ],
         **{key: found[key] for key in ("mask_sha256", "seconds", "peak_rss_bytes", "threads", "notes")},
         "calibration": found["calibration"],
     }
+
+
+def _edition(evaluation: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens of an evaluation if they are not those that the others of its text have."""
+    tokens = evaluation["tokens_sha256"]
+    return {} if tokens == text["tokens_sha256"] else {"tokens_sha256": tokens}

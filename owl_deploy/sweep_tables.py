@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 FIGURES = ("perplexity", "kl_divergence", "top1_agreement")
+_MARK = "†"
 
 __all__ = ["FIGURES", "as_csv", "as_markdown", "print_sweep"]
 
@@ -101,6 +102,18 @@ def _text_table(document: dict[str, Any], index: int, text: dict[str, Any]) -> I
     for names, by_sparsity in rows.items():
         values = [_markdown_value(by_sparsity.get(sparsity), index, best.get(sparsity)) for sparsity in sparsities]
         yield _table_line([*names[: len(heads)], *values])
+    editions = dict.fromkeys(
+        row["evaluations"][index]["tokens_sha256"][:16]
+        for row in document["rows"]
+        if _is_of_another_edition(row, index)
+    )
+    if editions:
+        yield ""
+        yield f"{_MARK} with the text of another release of Python: tokens {', '.join(editions)}."
+
+
+def _is_of_another_edition(row: dict[str, Any], index: int) -> bool:
+    return row["status"] == "ok" and "tokens_sha256" in row["evaluations"][index]
 
 
 def _table_line(values: Sequence[str]) -> str:
@@ -111,14 +124,14 @@ def _markdown_value(row: dict[str, Any] | None, index: int, best: float | None) 
     if row is None or row["status"] != "ok":
         return "" if row is None else row["status"]
     found = row["evaluations"][index]
-    shown = _perplexity_text(found["perplexity"])
+    shown = _perplexity_text(found["perplexity"]) + (_MARK if _is_of_another_edition(row, index) else "")
     return f"{f'**{shown}**' if found['perplexity'] == best else shown} ({found['kl_divergence']:.3f})"
 
 
 def as_csv(document: dict[str, Any]) -> str:
     """Return one line per cell and text, the dense model first."""
     columns = ["name", "method", "allocation", "sparsity", "settings", "status", "realised", "text", "window"]
-    columns += ["n_windows", *FIGURES, "prune_seconds", "peak_rss_bytes", "mask_sha256"]
+    columns += ["n_windows", "tokens_sha256", *FIGURES, "prune_seconds", "peak_rss_bytes", "mask_sha256"]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -126,7 +139,7 @@ def as_csv(document: dict[str, Any]) -> str:
     for row in [dense, *document["rows"]]:
         for index, text in enumerate(document["texts"]):
             figures = row["evaluations"][index] if row["status"] == "ok" else {}
-            values = {**row, **text, **{key: figures[key] for key in FIGURES if key in figures}}
+            values = {**row, **text, **{key: figures[key] for key in (*FIGURES, "tokens_sha256") if key in figures}}
             values["settings"] = ", ".join(f"{key} {value}" for key, value in row.get("settings", {}).items())
             values["realised"] = row["realised"]["linears"] if "realised" in row else ""
             values["prune_seconds"] = row.get("seconds", {}).get("prune", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -321,6 +322,29 @@ def test_other_windows_make_everything_anew(tiny_model: Path, again: Path) -> No
     after = times(again)
     assert all(before[name] != after[name] for name in before)
     assert found["texts"][0]["window"] == 40
+
+
+def test_cell_of_another_edition_of_the_language_reference_stays_and_is_marked(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evals = [EVALS[1], {"text": "python-docs", "window": 32, "max_windows": 1}]
+    settings = two_cells(tiny_model, evals=evals)
+    run_sweep(settings, out=tmp_path, only="*-0.5")
+    before = times(tmp_path)
+    monkeypatch.setattr("owl_deploy.text._python_docs", lambda part: "The next release says it in other words. " * 40)
+    found = run_sweep(settings, out=tmp_path)
+    assert times(tmp_path)["magnitude-uniform-0.5.json"] == before["magnitude-uniform-0.5.json"]
+    assert times(tmp_path)["dense.json"] != before["dense.json"]
+    old, new = ([item.get("tokens_sha256") for item in row["evaluations"]] for row in found["rows"])
+    assert new == [None, None]
+    assert old[0] is None
+    assert old[1] != found["texts"][1]["tokens_sha256"]
+    first, second = (tmp_path / "results.md").read_text().split("## python-docs")
+    assert "†" not in first
+    assert f"† with the text of another release of Python: tokens {old[1][:16]}." in second
+    assert len(re.findall(r"[0-9]†", second)) == 1
+    with (tmp_path / "results.csv").open() as file:
+        assert [row["tokens_sha256"] for row in csv.DictReader(file) if row["sparsity"] == "0.5"][1] == old[1]
 
 
 def test_calibration_file_with_other_content_counts_as_another(tiny_model: Path, tmp_path: Path) -> None:
