@@ -30,7 +30,7 @@ demo: setup bridge
 	$(BIN)/owl-deploy run recipes/quickstart.yaml --out runs/quickstart
 
 test: setup bridge lint kernels-test kernels-sanitize kernels-aarch64
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 setup: $(STAMP) $(VENV)/.kernels
 

@@ -52,6 +52,11 @@ def save_tiny_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put first what takes minutes, so that workers which take whole files end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_garbage_in_imports() -> None:
     """Let garbage collections pass over what the imports made: 0.35 s each, and a stage has up to two."""

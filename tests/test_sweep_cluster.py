@@ -32,6 +32,8 @@ from owl_deploy.sweep_cluster import run_sweep_on_cluster
 from owl_deploy.sweep_records import SweepRecords
 
 pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
+
 GRID = [{"method": "magnitude", "allocation": "uniform", "sparsity": [0.5, 0.6, 0.7]}]
 VARIES = ("created", "command", "seconds", "peak_rss_bytes")
 
