@@ -69,6 +69,8 @@ _TOKENIZER_FILES = (
     "config.json",
     "generation_config.json",
 )
+_PRUNED = 0.3
+"""Zeros over elements from which a matrix counts as pruned where no manifest says what was."""
 
 
 def export_onnx(
@@ -367,8 +369,7 @@ def _manifest(
         "bytes_on_disk": folder_bytes(folder),
         "bytes_dense": 4 * n_elements,
         "bytes_per_decode_step": step_bytes,
-        # A dense model's own zeros are not counted: sparsity is what pruning did.
-        "sparsity": lineage.get("sparsity", {"target": 0.0, "linears": 0.0, "model": 0.0}),
+        "sparsity": lineage.get("sparsity") or _sparsity(multiplied, n_elements),
         "matrices": [
             {
                 "name": matrix.name,
@@ -385,3 +386,14 @@ def _manifest(
         "checkpoint": lineage,
         "parity": None,
     }
+
+
+def _sparsity(multiplied: list[StoredMatrix], n_elements: int) -> dict[str, float]:
+    """Return what another tool's pruning left, where no manifest says it.
+
+    A dense model's own zeros are not counted: rounded to 4 bits, an eighth of its weights may be zero.
+    """
+    pruned = [matrix for matrix in multiplied if matrix.sparsity >= _PRUNED]
+    n_zeros = sum(matrix.shape[0] * matrix.shape[1] - matrix.n_nonzeros for matrix in pruned)
+    share = n_zeros / sum(matrix.shape[0] * matrix.shape[1] for matrix in pruned) if pruned else 0.0
+    return {"target": share, "linears": share, "model": n_zeros / n_elements}

@@ -296,8 +296,24 @@ def test_zeros_that_are_not_those_of_the_manifest_are_refused(value: float, prun
     with pytest.raises(OwlDeployError, match=rf"the zeros of {name} are not those of its manifest"):
         export(source, tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
+
+
+@pytest.mark.parametrize("weights", ["dense", "sparse-initializer", "sparse-operator"])
+def test_what_another_tool_pruned_is_counted(weights: str, pruned_model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(pruned_model, tmp_path / "foreign"))
+    ours = export(source, tmp_path / "ours", weights=weights).manifest["sparsity"]
     (source / "owl.json").unlink()
-    assert export(source, tmp_path / "artifact").manifest["sparsity"]["linears"] == 0.0
+    found = export(source, tmp_path / "artifact", weights=weights).manifest["sparsity"]
+    assert found["linears"] == pytest.approx(ours["linears"], abs=1e-6)
+    assert 0 < found["model"] < found["linears"]
+
+
+def test_zeros_that_a_dense_model_has_anyway_are_not_counted(tiny_model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = load_file(source / "model.safetensors")[name]
+    change_tensors_(source, {name: weight.masked_fill(torch.rand(weight.shape) < 0.15, 0)})
+    assert set(export(source, tmp_path / "artifact").manifest["sparsity"].values()) == {0.0}
 
 
 @pytest.mark.parametrize(("target", "merges"), [("deepsparse", ["o w", "ow l"]), ("onnxruntime", None)])
