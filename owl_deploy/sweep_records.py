@@ -29,7 +29,7 @@ from owl_deploy.versions import commit
 
 __all__ = ["SweepRecords", "read_json", "write_results"]
 
-# Its words change with the release of Python: a long sweep that goes on under another keeps its cells, and says so.
+# It comes with Python, whose builds differ in it: a long sweep that goes on elsewhere keeps its cells, and says so.
 _TEXT_WITH_EDITIONS = "python-docs"
 
 

@@ -109,7 +109,7 @@ def _text_table(document: dict[str, Any], index: int, text: dict[str, Any]) -> I
     )
     if editions:
         yield ""
-        yield f"{_MARK} with the text of another release of Python: tokens {', '.join(editions)}."
+        yield f"{_MARK} with another edition of the text, which comes with Python: tokens {', '.join(editions)}."
 
 
 def _is_of_another_edition(row: dict[str, Any], index: int) -> bool:

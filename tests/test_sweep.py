@@ -341,7 +341,7 @@ def test_cell_of_another_edition_of_the_language_reference_stays_and_is_marked(
     assert old[1] != found["texts"][1]["tokens_sha256"]
     first, second = (tmp_path / "results.md").read_text().split("## python-docs")
     assert "†" not in first
-    assert f"† with the text of another release of Python: tokens {old[1][:16]}." in second
+    assert f"† with another edition of the text, which comes with Python: tokens {old[1][:16]}." in second
     assert len(re.findall(r"[0-9]†", second)) == 1
     with (tmp_path / "results.csv").open() as file:
         assert [row["tokens_sha256"] for row in csv.DictReader(file) if row["sparsity"] == "0.5"][1] == old[1]
