@@ -185,6 +185,15 @@ def test_records_of_other_versions_are_not_kept(
     assert "versions {'torch': '0'} instead of" in kept["reason"]
 
 
+@pytest.fixture
+def own_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lock file that tests running beside these do not know; its folder."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("own_machine")
 def test_times_are_taken_on_a_machine_without_other_cells() -> None:
     """Whoever computes shares the machine; who takes times waits for them, and lets no one in before."""
     seen: list[str] = []
@@ -198,30 +207,30 @@ def test_times_are_taken_on_a_machine_without_other_cells() -> None:
 
         thread = threading.Thread(target=work)
         thread.start()
-        time.sleep(0.1)
+        time.sleep(0.2)
         return thread
 
-    threads = [hold(busy_machine, "a", 0.5), hold(busy_machine, "b", 0.3)]
+    threads = [hold(busy_machine, "a", 2.0), hold(busy_machine, "b", 1.0)]
     threads += [hold(quiet_machine, "times", 0.2), hold(busy_machine, "c", 0.0)]
     for thread in threads:
         thread.join()
     assert seen == ["a in", "b in", "b out", "a out", "times in", "times out", "c in", "c out"]
 
 
-def test_the_lock_ends_with_its_process() -> None:
+def test_the_lock_ends_with_its_process(own_machine: Path) -> None:
     code = "import time\nfrom owl_deploy.machine_lock import quiet_machine\nwith quiet_machine():\n time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code])
-    while is_free():
+    while is_free(own_machine):
         assert process.poll() is None
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert is_free()
+    assert is_free(own_machine)
 
 
-def is_free() -> bool:
+def is_free(folder: Path) -> bool:
     """Return whether nobody holds the machine."""
-    with (Path(tempfile.gettempdir()) / f"owl-deploy-{os.getuid()}.lock").open("ab") as file:
+    with (folder / f"owl-deploy-{os.getuid()}.lock").open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
