@@ -67,12 +67,14 @@ kernels-test: setup
 	$(BUILD) build/$@
 	build/$@/packed_matrix_test
 	build/$@/sparse_matmul_test
+	build/$@/attention_test
 
 kernels-sanitize: setup
 	$(CONFIGURE) -B build/$@ -DOWL_KERNELS_SANITIZE=ON
 	$(BUILD) build/$@
 	build/$@/packed_matrix_test
 	build/$@/sparse_matmul_test 2
+	build/$@/attention_test 2
 	build/$@/fuzz_packed_matrix $(FUZZ_SECONDS)
 
 kernels-aarch64: setup
@@ -81,6 +83,7 @@ kernels-aarch64: setup
 	$(BUILD) build/$@
 	$(QEMU) build/$@/packed_matrix_test $(EMULATED_SHARE)
 	$(QEMU) build/$@/sparse_matmul_test $(EMULATED_SHARE)
+	$(QEMU) build/$@/attention_test $(EMULATED_SHARE)
 
 bench-kernels: setup bridge
 	$(CONFIGURE) -B build/kernels-test

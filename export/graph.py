@@ -35,6 +35,9 @@ def stack_name(block: str, parts: Iterable[str]) -> str:
 class GraphWriter:
     """Nodes written so far, and the weights that they have named."""
 
+    has_operators = False
+    """Whether an artifact of this graph brings the operator library."""
+
     def __init__(
         self, *, opsets: dict[str, int], ir_version: int, matrix_type: Literal["fp32", "fp16"] = "fp32"
     ) -> None:

@@ -1,4 +1,4 @@
-"""The decoder graph as ONNX Runtime runs it best: ten to twelve nodes a block, with its contrib operators.
+"""The decoder graph as ONNX Runtime runs it best: eight to twelve nodes a block, with its contrib operators.
 
 In: the shape of a decoder. Out: a graph of nodes and small constants, and for every weight the
 checkpoint tensor that fills it. Inputs and outputs carry the names of onnxruntime-genai's model
@@ -6,6 +6,7 @@ builder, so that the same folder runs there.
 
 The linears are plain MatMuls, SparseMatMuls of the operator library or MatMulNBits: query, key and value are then one
 product, gate and up another, and a block has ten nodes. Norms of what a block adds, or of its heads, are nodes more.
+With the operator library attention and the gated unit are its operators too, and a block has eight nodes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import onnx
 import onnx_ir as ir
 
 from owl_deploy.errors import UnsupportedModelError
-from owl_deploy.export.decoder import Block, Decoder, WeightSource
+from owl_deploy.export.decoder import Activation, Block, Decoder, WeightSource
 from owl_deploy.export.graph import GraphWriter
 from owl_deploy.export.nbits_graph import NBitsGraphWriter, NBitsLinear
-from owl_deploy.export.packed_graph import OPERATOR_DOMAIN, PackedGraphWriter, PackedLinear
+from owl_deploy.export.packed_graph import OPERATOR_DOMAIN, OPERATORS, PackedGraphWriter, PackedLinear
 from owl_deploy.recipe import Precision
 
 __all__ = ["ALL_TOKENS", "nbits_graph", "onnxruntime_graph", "sparse_operator_graph"]
@@ -31,6 +32,8 @@ ALL_TOKENS = -(2**31)
 """What `FIRST_LOGIT` holds. Not 0: the engine removes a slice that begins there before it looks for a number put in its
 place."""
 _MICROSOFT: dict[str, Any] = {"_domain": "com.microsoft", "_version": 1}
+_GATED_UNITS: dict[Activation, str] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""What the operator library's GatedLinearUnit calls the activations that it has."""
 
 
 def onnxruntime_graph(
@@ -61,7 +64,7 @@ def onnxruntime_graph(
 def sparse_operator_graph(
     decoder: Decoder, *, precision: Precision, head_precision: Precision
 ) -> tuple[onnx.ModelProto, dict[str, WeightSource], dict[str, PackedLinear]]:
-    """Write the same decoder with SparseMatMul in place of every MatMul.
+    """Write the same decoder with SparseMatMul in place of every MatMul, and attention of the same library.
 
     A tied head is stored once here too: the embedding gathers rows out of the packed matrix.
 
@@ -116,7 +119,8 @@ def nbits_graph(
 
 def _write(writer: GraphWriter, decoder: Decoder) -> None:
     """Write the whole graph."""
-    _refuse_heads(decoder)
+    if not writer.has_operators:
+        _refuse_heads(decoder)
     op, names = writer.op, decoder.names
     input_ids = writer.int64_input("input_ids", ["batch", "tokens"])
     mask = writer.int64_input("attention_mask", ["batch", "positions"])
@@ -211,6 +215,31 @@ def _attention(
     is_stacked = len(names.query_key_value) == 1
     parts = dict(zip(names.query_key_value, [sum(sizes)] if is_stacked else sizes, strict=True))
     query_key_value = writer.linears(hidden, name, parts, decoder.hidden_size, has_bias=decoder.has_qkv_bias)
+    settings: dict[str, Any] = {
+        "num_heads": decoder.n_heads,
+        "kv_num_heads": decoder.n_kv_heads,
+        "scale": decoder.query_scale,
+        "softcap": decoder.attention_softcap or 0.0,
+        "local_window_size": block.sliding_window or -1,
+        "_outputs": 3,
+    }
+    if writer.has_operators:
+        norms = [
+            writer.weight(f"{name}.{norm}.weight", (decoder.head_dim,), offset=decoder.norm_offset)
+            for norm in names.head_norms or ()
+        ]
+        tables: list[ir.Value | None] = [*positions[2:]] or [None, None]
+        outputs = op.GroupQueryAttention(
+            *query_key_value,
+            *past,
+            *positions[:2],
+            *tables,
+            *norms,
+            epsilon=decoder.norm_epsilon,
+            **settings,
+            **OPERATORS,
+        )
+        return _attention_output(writer, decoder, outputs, name)
     if names.head_norms is not None:
         # GroupQueryAttention has inputs for these norms, which its CPU kernel refuses (1.31). So six nodes more, four
         # of them reshapes that move nothing: with 28 blocks, as in Qwen3-0.6B, 0.3 ms a token on two cores.
@@ -220,25 +249,28 @@ def _attention(
         query_key_value = [query, key, value]
     # Stacked, all three are the operator's first input.
     is_one = len(query_key_value) == 1
-    mixed, present_key, present_value = op.GroupQueryAttention(
+    outputs = op.GroupQueryAttention(
         *query_key_value,
         *([None, None] if is_one else []),
         *past,
         *positions,
-        num_heads=decoder.n_heads,
-        kv_num_heads=decoder.n_kv_heads,
-        scale=decoder.query_scale,
-        softcap=decoder.attention_softcap or 0.0,
         do_rotary=int(block.rotary is not None),
         rotary_interleaved=0,
-        local_window_size=block.sliding_window or -1,
-        _outputs=3,
+        **settings,
         **_MICROSOFT,
     )
+    return _attention_output(writer, decoder, outputs, name)
+
+
+def _attention_output(
+    writer: GraphWriter, decoder: Decoder, outputs: tuple[ir.Value, ...], name: str
+) -> tuple[ir.Value, list[ir.Value]]:
+    """Multiply what attention mixed by its output matrix; also returns the present key and value."""
+    mixed, present_key, present_value = outputs
     attended = writer.linear(
         mixed,
-        f"{name}.{names.attention_output}",
-        sizes[0],
+        f"{name}.{decoder.names.attention_output}",
+        decoder.qkv_sizes[0],
         decoder.hidden_size,
         has_bias=decoder.has_output_bias,
     )
@@ -251,8 +283,12 @@ def _mlp(writer: GraphWriter, decoder: Decoder, hidden: ir.Value, name: str) -> 
     inputs, has_bias = decoder.names.mlp_inputs, decoder.has_mlp_bias
     if decoder.is_gated:
         sizes = dict.fromkeys(inputs, 2 * inner // len(inputs))
-        gate, up = _parts(writer, writer.linears(hidden, name, sizes, outer, has_bias=has_bias), (inner, inner))
-        product = op.Mul(_activation(writer, decoder, gate), up)
+        gate_up = writer.linears(hidden, name, sizes, outer, has_bias=has_bias)
+        if writer.has_operators and (kind := _GATED_UNITS.get(decoder.activation)) is not None:
+            product = op.GatedLinearUnit(*gate_up, activation=kind, **OPERATORS)
+        else:
+            gate, up = _parts(writer, gate_up, (inner, inner))
+            product = op.Mul(_activation(writer, decoder, gate), up)
     else:
         product = _activation(
             writer, decoder, writer.linear(hidden, f"{name}.{inputs[0]}", outer, inner, has_bias=has_bias)

@@ -7,6 +7,7 @@ of the checkpoint each packed matrix is made of. No weight is read here, and no 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -14,9 +15,11 @@ from owl_deploy.errors import UnsupportedModelError
 from owl_deploy.export.graph import GraphWriter, stack_name
 from owl_deploy.recipe import Precision
 
-__all__ = ["OPERATOR_DOMAIN", "PackedGraphWriter", "PackedLinear"]
+__all__ = ["OPERATORS", "OPERATOR_DOMAIN", "PackedGraphWriter", "PackedLinear"]
 
 OPERATOR_DOMAIN = "owl_deploy"
+OPERATORS: dict[str, Any] = {"_domain": OPERATOR_DOMAIN, "_version": 1}
+"""What nodes of the operator library are made with."""
 
 _ROW_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
 
@@ -66,6 +69,8 @@ class PackedLinear:
 
 class PackedGraphWriter(GraphWriter):
     """Writes every linear as one SparseMatMul, and several of one input as one."""
+
+    has_operators = True
 
     def __init__(
         self, precision: Precision, head_precision: Precision, *, opsets: dict[str, int], ir_version: int
@@ -127,4 +132,4 @@ class PackedGraphWriter(GraphWriter):
 
     def _product(self, hidden: ir.Value, matrix: PackedLinear, n_in: int, n_out: int) -> ir.Value:
         inputs = matrix.inputs(n_out)
-        return self.op.SparseMatMul(hidden, *inputs, N=n_out, K=n_in, _domain=OPERATOR_DOMAIN, _version=1)
+        return self.op.SparseMatMul(hidden, *inputs, N=n_out, K=n_in, **OPERATORS)

@@ -386,7 +386,7 @@ def test_operator_of_the_library_runs_in_every_product(make: Make) -> None:
     nodes = explained(make("operator-int8")).nodes
     row = next(row for row in nodes.rows if row.operator == "SparseMatMul")
     assert (row.domain, row.n_in_file, row.n_assigned, row.n_run) == ("owl_deploy", 9, 9, 9)
-    assert nodes.per_block == (10, 10)
+    assert nodes.per_block == (8, 8)
 
 
 @pytest.mark.usefixtures("_no_engine")

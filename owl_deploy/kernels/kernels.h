@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+#include "gated_linear_unit.h"
 #include "packed_matrix.h"
 
 namespace owl {
@@ -34,6 +36,29 @@ struct Product {
   float* y = nullptr;           // (m, N)
 };
 
+constexpr size_t kAttentionRows = 64;  // queries of a tile
+constexpr size_t kAttentionKeys = 64;  // positions scored at a time
+
+// Attention in tiles of queries. Item i is share i % n_shares of the positions of tile i / n_shares % n_tiles of head
+// i / n_shares / n_tiles; heads are those of keys and values, counted through the batch. A tile's rows are queries,
+// token after token, the heads of one token next to each other.
+struct AttentionTask {
+  const AttentionShape* shape = nullptr;
+  const AttentionTensors* tensors = nullptr;
+  size_t n_tiles = 0;
+  size_t n_shares = 0;
+  float* queries = nullptr;  // (n_batch n_kv_heads, n_tokens n_heads / n_kv_heads, head_dim), turned and scaled
+  float* parts = nullptr;    // with several shares: (items, kAttentionRows, 2 + head_dim): largest score, sum, values
+};
+
+// Where the result of a row of queries goes.
+static inline float* AttentionOutput(const AttentionTask& task, size_t head, size_t row) {
+  const AttentionShape& shape = *task.shape;
+  const size_t group = shape.n_heads / shape.n_kv_heads;
+  const size_t token = head / shape.n_kv_heads * task.tensors->n_tokens + row / group;
+  return task.tensors->y + (token * shape.n_heads + head % shape.n_kv_heads * group + row % group) * shape.head_dim;
+}
+
 struct Kernels {
   const char* name;
   // How X is laid out for m rows, and how many rows of X a tile takes.
@@ -45,6 +70,12 @@ struct Kernels {
   // Rows [begin, end) of W. With kTiles, `product` is one tile of X: `floats` and `y` begin there, and m is at most
   // `tile`; the same rows of W may meet several tiles at the same time.
   void (*multiply)(const Product& product, size_t begin, size_t end, uint8_t* scratch);
+  // Attention: a token's queries, keys and values put in their places; then items, each with its own scratch memory.
+  void (*prepare_token)(const AttentionTask& task, size_t token);
+  size_t (*attention_scratch_floats)(const AttentionShape& shape);
+  void (*attend)(const AttentionTask& task, size_t item, float* scratch);
+  // y = activation(gate) * up, n of each.
+  void (*gate)(Activation activation, const float* gate, const float* up, size_t n, float* y);
 };
 
 }  // namespace owl

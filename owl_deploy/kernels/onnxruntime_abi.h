@@ -24,7 +24,7 @@ struct CustomOpDomain;
 struct SessionOptions;
 struct OpAttribute;
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt32 = 6 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
@@ -82,8 +82,14 @@ inline Status* GetSymbolicDimensions(const Api* api, const TensorInfo* info, con
 inline Status* GetTensorTypeAndShape(const Api* api, const Value* value, TensorInfo** out) {
   return At<65, Status* (*)(const Value*, TensorInfo**)>(api)(value, out);
 }
+inline Status* KernelInfoGetFloat(const Api* api, const KernelInfo* info, const char* name, float* out) {
+  return At<85, Status* (*)(const KernelInfo*, const char*, float*)>(api)(info, name, out);
+}
 inline Status* KernelInfoGetInt64(const Api* api, const KernelInfo* info, const char* name, int64_t* out) {
   return At<86, Status* (*)(const KernelInfo*, const char*, int64_t*)>(api)(info, name, out);
+}
+inline Status* KernelInfoGetString(const Api* api, const KernelInfo* info, const char* name, char* out, size_t* size) {
+  return At<87, Status* (*)(const KernelInfo*, const char*, char*, size_t*)>(api)(info, name, out, size);
 }
 inline Status* GetInputCount(const Api* api, const KernelContext* context, size_t* out) {
   return At<88, Status* (*)(const KernelContext*, size_t*)>(api)(context, out);

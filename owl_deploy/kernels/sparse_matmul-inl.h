@@ -1,4 +1,4 @@
-// The algorithm, written once. Every target file defines OWL_TARGET, includes its lanes and then this.
+// The product with a packed matrix, written once; included by every target file behind its lanes.
 //
 // Lanes give: kName, kLanes (floats in a Vec), kRowsSingle and kRowsBatch (rows of W taken together), kMaxBatch (rows
 // of X against one expanded block), kTileFrom (rows of X from which floats go in tiles) and kTileFromFull (the same
@@ -10,16 +10,13 @@
 // Everything is static: an inline function of another target must not be merged with one of this.
 //
 // SPDX-License-Identifier: Apache-2.0
+#include "vectors-inl.h"
 
 namespace owl {
 namespace OWL_TARGET {
 namespace {
 
-#define OWL_INLINE static inline __attribute__((always_inline))
-
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef float VecMem __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));  // in memory, anywhere
-typedef float AnyFloat __attribute__((aligned(1), may_alias));                         // in a record
+typedef float AnyFloat __attribute__((aligned(1), may_alias));  // in a record
 
 constexpr size_t kGroupRows = 64;  // rows of W whose tile of Y stays in cache: 16 KiB
 constexpr size_t kListsAhead = 8;  // rows whose columns are listed before the first is multiplied, see MultiplyTiles
@@ -745,9 +742,4 @@ static void Multiply(const Product& p, size_t begin, size_t end, uint8_t* scratc
 
 }  // namespace
 }  // namespace OWL_TARGET
-
-extern const Kernels OWL_KERNELS;
-const Kernels OWL_KERNELS = {OWL_TARGET::kName, OWL_TARGET::ChooseLayout, OWL_TARGET::Prepare, OWL_TARGET::ScratchBytes,
-                             OWL_TARGET::Multiply};
-
 }  // namespace owl

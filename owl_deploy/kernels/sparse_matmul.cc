@@ -5,8 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 
+#include "buffer.h"
 #include "dispatch.h"
 #include "kernels.h"
 
@@ -19,36 +19,6 @@ constexpr size_t kPieceBytes = 96 * 1024;
 constexpr size_t kPieceRows = 64;
 constexpr size_t kMinPieceBytes = 12 * 1024;
 constexpr size_t kMaxPieces = 64;
-
-// Keeps its memory from call to call; one per calling thread. Gives back what a long prompt took.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { Release(); }
-
-  uint8_t* Get(size_t bytes) {
-    if (bytes > size_ || (size_ > kKept && bytes <= kKept)) {
-      Release();
-      data_ = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64}));
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  static constexpr size_t kKept = size_t{64} << 20;
-
-  void Release() {
-    ::operator delete(data_, std::align_val_t{64});
-    data_ = nullptr;
-    size_ = 0;
-  }
-
-  uint8_t* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 size_t Aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -72,10 +42,6 @@ struct Multiplication {
 };
 
 }  // namespace
-
-void SerialFor(void*, size_t n, void (*body)(void*, size_t), void* state) {
-  for (size_t i = 0; i < n; ++i) body(state, i);
-}
 
 std::vector<uint32_t> CutRows(const PackedMatrix& w) {
   const size_t begin = w.record_offset(0), bytes = w.record_offset(w.n_rows) - begin;

@@ -10,14 +10,9 @@
 #include <vector>
 
 #include "packed_matrix.h"
+#include "parallel_for.h"
 
 namespace owl {
-
-// Runs body(state, i) once for every i in [0, n), on whatever threads the caller has.
-using ParallelFor = void (*)(void* pool, size_t n, void (*body)(void* state, size_t i), void* state);
-
-// Runs the loop on the calling thread; `pool` is not looked at.
-void SerialFor(void* pool, size_t n, void (*body)(void* state, size_t i), void* state);
 
 // Rows of W where the work is cut, so that all pieces move about the same number of bytes: piece i is
 // rows [cuts[i], cuts[i + 1]). Made once per matrix.

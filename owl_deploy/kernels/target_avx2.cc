@@ -10,4 +10,4 @@ static constexpr char kName[] = "avx2";
 
 #include "lanes-avx2.h"
 #include "lanes-plain.h"
-#include "sparse_matmul-inl.h"
+#include "target-inl.h"

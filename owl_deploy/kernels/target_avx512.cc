@@ -11,4 +11,4 @@ static constexpr char kName[] = "avx512";
 
 #include "lanes-avx512.h"
 #include "lanes-masks.h"
-#include "sparse_matmul-inl.h"
+#include "target-inl.h"

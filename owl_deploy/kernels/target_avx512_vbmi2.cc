@@ -10,4 +10,4 @@ static constexpr char kName[] = "avx512-vbmi2";
 }
 
 #include "lanes-avx512.h"
-#include "sparse_matmul-inl.h"
+#include "target-inl.h"

@@ -10,4 +10,4 @@ static constexpr char kName[] = "neon";
 
 #include "lanes-neon.h"
 #include "lanes-plain.h"
-#include "sparse_matmul-inl.h"
+#include "target-inl.h"

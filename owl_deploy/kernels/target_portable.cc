@@ -10,4 +10,4 @@ static constexpr char kName[] = "portable";
 
 #include "lanes-plain.h"
 #include "lanes-portable.h"
-#include "sparse_matmul-inl.h"
+#include "target-inl.h"
