@@ -19,7 +19,8 @@ enum class Layout : uint8_t {
   kTiles,      // floats, many rows: tiles of `tile` rows of X, each (K, tile) float32, zeros from m on
   kByteRows,   // (m, padded K) int8 and (m, n_blocks, 2) scales
   kByteTiles,  // tiles of `tile` rows of X, each (n_blocks, 2, 8, tile, 4) bytes and (n_blocks, 2, 2, tile)
-               // scales, each tile of them followed by as many int32 that sums of products begin with
+               // scales, each tile of them followed by as many int32 that sums of products begin with; or,
+               // paired, (n_blocks, 8, tile, 2, 4) bytes and (n_blocks, tile, 2) scales followed as above
 };
 
 // Everything a piece of work needs to know; the same for all pieces of one product.

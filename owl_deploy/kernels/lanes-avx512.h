@@ -19,6 +19,7 @@ constexpr size_t kTileFromFull = 25;
 constexpr size_t kByteTileFrom = 5;
 constexpr size_t kByteBatch = 4;
 constexpr size_t kByteLanes = 8;
+constexpr size_t kPairedTile = OWL_VBMI2 ? 8 : 0;
 constexpr size_t kByteRows = 8;  // as many sums as hide how long a product takes
 
 struct Acc {
@@ -344,8 +345,7 @@ static inline void DecodeNibbles(const uint8_t* codes, const int8_t* codebook, i
   _mm512_storeu_si512(high, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble)));
 }
 
-// Tiles: lanes are rows of X, four columns in each. Eight rows take half a register: two such products go where one of
-// a whole register does.
+// Tiles: lanes are rows of X, four columns in each.
 template <size_t kN>
 struct Quads;
 #if OWL_VBMI2
@@ -373,22 +373,14 @@ struct Quads<16> {
     return acc;
   }
 };
+// Eight rows, two fours of columns of each side by side: half as many products as with half a register each (a step of
+// eight rows of SmolLM2 on Sapphire Rapids takes 0.86 of the time).
 template <>
-struct Quads<8> {
-  using Ints = __m256i;
-  using Floats = __m256;
-  using X = __m256i;
-  using W = __m256i;
-  static Floats ToFloats(Ints v) { return _mm256_cvtepi32_ps(v); }
+struct Quads<8> : Quads<16> {
   static W Splat(const int8_t* w) {
-    int32_t quad;
-    __builtin_memcpy(&quad, w, sizeof quad);
-    return _mm256_set1_epi32(quad);
-  }
-  static X Load(const int8_t* x) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)); }
-  static Ints Dot(Ints acc, X x, W w) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
-    return acc;
+    int64_t both;
+    __builtin_memcpy(&both, w, sizeof both);
+    return _mm512_set1_epi64(both);
   }
 };
 #else

@@ -16,6 +16,7 @@ constexpr size_t kTileFromFull = 5;
 constexpr size_t kByteTileFrom = 5;
 constexpr size_t kByteBatch = 2;
 constexpr size_t kByteLanes = 4;
+constexpr size_t kPairedTile = 0;
 constexpr size_t kByteRows = 4;
 constexpr int32_t kWOffset = 0;
 

@@ -4,7 +4,8 @@
 // of X against one expanded block), kTileFrom (rows of X from which floats go in tiles) and kTileFromFull (the same
 // where more than 40 % is stored), kLookupPercent (stored values, of a hundred, up to which X is looked up for them
 // rather than they are spread out), and the types and functions used below. For bytes: kByteBatch (as kMaxBatch),
-// kByteTileFrom (as kTileFrom), kByteLanes (rows of X in the smallest tile), kByteRows (rows of W against a tile of one
+// kByteTileFrom (as kTileFrom), kByteLanes (rows of X in the smallest tile), kPairedTile (rows of the tile that is
+// paired, see Layout; 0 for none), kByteRows (rows of W against a tile of one
 // vector) and kWOffset (what is added to the bytes of W that a tile meets). A block is 64 columns throughout.
 //
 // Everything is static: an inline function of another target must not be merged with one of this.
@@ -525,6 +526,8 @@ template <ValueType kType, bool kIsDense, bool kHasGroups, size_t kN, size_t kVe
 static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
   using Q = Quads<kN>;
   constexpr size_t kTile = kVecs * kN, kRows = kVecs == 1 ? kByteRows : 4;
+  constexpr bool kIsPaired = kN == kPairedTile;  // lanes are a row's two fours of columns in turn, see Layout
+  constexpr size_t kParts = kIsPaired ? 1 : 2, kWidth = kIsPaired ? 2 * kN : kN;
   const PackedMatrix& w = *p.w;
   const size_t n_blocks = BlocksOf(w), n_whole = w.n_columns / kBlock, n_tail = w.n_columns % kBlock;
   const size_t padded = n_blocks * kBlock, decoded_bytes = DecodedBytes(w);
@@ -554,38 +557,42 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
       const int8_t* x = reinterpret_cast<const int8_t*>(p.bytes) + first * padded;
       const float* x_scales = p.scales + first * 4 * n_blocks;
       typename Q::Floats sums[kRows][kVecs] = {};
-      for (size_t half = 0; half < 2 * n_blocks; ++half) {  // fours of columns with one scale: every other one
-        const size_t j = half / 2;
+      for (size_t part = 0; part < kParts * n_blocks; ++part) {  // fours of columns with one scale: every other one
+        const size_t j = part / kParts;
         typename Q::Ints products[kRows][kVecs] = {};
         if constexpr (kWOffset != 0) {
           for (size_t v = 0; v < kVecs; ++v) {
-            __builtin_memcpy(&products[0][v], x_scales + (2 * half + 1) * kTile + v * kN, sizeof products[0][v]);
+            const float* start = x_scales + ((2 * part + 1) * kVecs + v) * kWidth;
+            __builtin_memcpy(&products[0][v], start, sizeof products[0][v]);
             for (size_t r = 1; r < kRows; ++r) products[r][v] = products[0][v];
           }
         }
-        if (first == 0 && half % 2 == 0) stream.Advance();
-        const int8_t* block = dense + j * kRows * kBlock;
-        for (size_t quad = half % 2; quad < kBlock / 4; quad += 2, x += 4 * kTile) {
+        if (first == 0 && part % kParts == 0) stream.Advance();
+        const int8_t* block = dense + j * kRows * kBlock + 4 * (part % kParts);
+        for (size_t k = 0; k < kBlock; k += 8, x += 4 * kVecs * kWidth) {
           typename Q::X parts[kVecs];
-          for (size_t v = 0; v < kVecs; ++v) parts[v] = Q::Load(x + 4 * kN * v);
+          for (size_t v = 0; v < kVecs; ++v) parts[v] = Q::Load(x + 4 * kWidth * v);
           for (size_t r = 0; r < kRows; ++r) {
-            const typename Q::W weights = Q::Splat(block + r * kBlock + 4 * quad);
+            const typename Q::W weights = Q::Splat(block + r * kBlock + k);
             for (size_t v = 0; v < kVecs; ++v) products[r][v] = Q::Dot(products[r][v], parts[v], weights);
           }
         }
         for (size_t v = 0; v < kVecs; ++v) {
           typename Q::Floats scale;
-          __builtin_memcpy(&scale, x_scales + 2 * half * kTile + v * kN, sizeof scale);
+          __builtin_memcpy(&scale, x_scales + (2 * part * kVecs + v) * kWidth, sizeof scale);
           for (size_t r = 0; r < kRows; ++r) {
             sums[r][v] += Q::ToFloats(products[r][v]) * (kHasGroups ? scale * factors[j * kRows + r] : scale);
           }
         }
       }
-      alignas(64) float results[kRows][kTile];
+      alignas(64) float results[kRows][kVecs * kWidth];
       for (size_t r = 0; r < kRows; ++r) {
         for (size_t v = 0; v < kVecs; ++v) {
           const typename Q::Floats scaled = sums[r][v] * row_scales[r];
-          __builtin_memcpy(results[r] + v * kN, &scaled, sizeof scaled);
+          __builtin_memcpy(results[r] + v * kWidth, &scaled, sizeof scaled);
+        }
+        if constexpr (kIsPaired) {
+          for (size_t t = 0; t < kTile; ++t) results[r][t] = results[r][2 * t] + results[r][2 * t + 1];
         }
       }
       const size_t n_used = p.m - first < kTile ? p.m - first : kTile;
@@ -660,17 +667,22 @@ static void Prepare(const Product& p, const float* x, size_t i, float* floats, u
           } else {
             __builtin_memset(block, 0, kBlock);
           }
-          uint8_t* out = bytes + i * p.tile * padded + j * kBlock * p.tile + 4 * t;
+          const bool is_paired = p.tile == kPairedTile;
           for (size_t half = 0; half < 2; ++half) {
+            // Of the block: where this half of the row begins, and how far its next four columns and sums are.
+            uint8_t* out = bytes + (i * padded + j * kBlock) * p.tile;
+            float* scale = scales + (i * n_blocks + j) * 4 * p.tile;
+            out += is_paired ? 8 * t + 4 * half : kBlock / 2 * p.tile * half + 4 * t;
+            scale += is_paired ? 2 * t + half : 2 * p.tile * half + t;
+            const size_t width = is_paired ? 2 * p.tile : p.tile;
             int32_t sum = 0;
-            for (size_t quad = half; quad < kBlock / 4; quad += 2, out += 4 * p.tile) {
+            for (size_t quad = half; quad < kBlock / 4; quad += 2, out += 4 * width) {
               __builtin_memcpy(out, block + 4 * quad, 4);
               for (size_t k = 0; k < 4; ++k) sum += block[4 * quad + k];
             }
             const int32_t start = -kWOffset * sum;
-            float* scale = scales + ((i * n_blocks + j) * 2 + half) * 2 * p.tile + t;
             scale[0] = pair[half];
-            __builtin_memcpy(scale + p.tile, &start, sizeof start);
+            __builtin_memcpy(scale + width, &start, sizeof start);
           }
         }
       }
