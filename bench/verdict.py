@@ -152,7 +152,10 @@ def _is_close(row: Row, baseline: Row) -> bool:
 
 
 def _description(row: Row) -> str:
-    return printable(series_name(row)) + (f" at {percent(row['sparsity'])} sparsity" if is_sparse(row) else "")
+    name = printable(series_name(row))
+    if is_sparse(row):
+        return f"{name} at {percent(row['sparsity'])} sparsity"
+    return f"{name} of the dense model" if row["weights"] == "sparse-operator" else name
 
 
 def _names(rows: Iterable[Row]) -> str:

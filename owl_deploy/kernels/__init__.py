@@ -1,6 +1,7 @@
-"""The operator `owl_deploy.SparseMatMul` as a library for ONNX Runtime: where it is. Loads nothing.
+"""The operators of owl-deploy as a library for ONNX Runtime: where it is. Loads nothing.
 
-FORMAT.md in this folder lays out the matrices it takes.
+`owl_deploy.SparseMatMul` takes the matrices that FORMAT.md in this folder lays out; `GroupQueryAttention` and
+`GatedLinearUnit` are what an artifact needs around it. The files named `*_operator.cc` say what each takes.
 """
 
 import importlib.resources
