@@ -70,8 +70,8 @@ static void Mul(const float* a, size_t a_stride, size_t n_rows, const float* b, 
 }
 
 // Scores of a few queries, eight keys at a time: the last key is repeated, and written behind n_keys. Asks meanwhile
-// for `n_ahead` keys behind these, and for the values: left to itself the processor waits for both (Sapphire Rapids, 8
-// rows of 256 positions: 6.4 instead of 4.5 ms for 95 MB).
+// for keys a little ahead, of which there are n_left from the first on, and for the values: left to itself the
+// processor waits for both (Emerald Rapids, 8 rows of 256 positions: 6.9 instead of 5.3 ms for 95 MB).
 static void DotKeys(const float* queries, size_t n_rows, const float* keys, const float* values, size_t n_keys,
                     size_t n_left, size_t head_dim, float* scores) {
   for (size_t first = 0; first < n_keys; first += 8) {

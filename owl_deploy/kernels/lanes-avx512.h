@@ -374,7 +374,7 @@ struct Quads<16> {
   }
 };
 // Eight rows, two fours of columns of each side by side: half as many products as with half a register each (a step of
-// eight rows of SmolLM2 on Sapphire Rapids takes 0.86 of the time).
+// eight rows of SmolLM2 on Emerald Rapids takes 0.86 of the time).
 template <>
 struct Quads<8> : Quads<16> {
   static W Splat(const int8_t* w) {

@@ -630,6 +630,25 @@ static Layout ChooseLayout(const PackedMatrix& w, size_t m, size_t* tile) {
   return m < (is_full ? kTileFromFull : kTileFrom) ? Layout::kRows : Layout::kTiles;
 }
 
+// A block's fours of columns to two places in turn, each `step` bytes behind the one before there; and what the sums of
+// products begin with: -kWOffset times the sum of all bytes that go to the place.
+OWL_INLINE void PlaceBlock(const int8_t* block, uint8_t* even, size_t step, uint8_t* odd, int32_t (&starts)[2]) {
+  constexpr uint64_t kLow = 0x00FF00FF00FF00FF;
+  uint64_t sums = 0;  // of bytes plus 128: two fields of sixteen bits for each place
+  for (size_t k = 0; k < kBlock; k += 8, even += step, odd += step) {
+    uint64_t fours;
+    __builtin_memcpy(&fours, block + k, sizeof fours);
+    __builtin_memcpy(even, &fours, 4);
+    const uint64_t high = fours >> 32;
+    __builtin_memcpy(odd, &high, 4);
+    const uint64_t shifted = fours ^ 0x8080808080808080;
+    sums += (shifted & kLow) + (shifted >> 8 & kLow);
+  }
+  for (size_t half = 0; half < 2; ++half, sums >>= 32) {
+    starts[half] = -kWOffset * (static_cast<int32_t>((sums & 0xFFFF) + (sums >> 16 & 0xFFFF)) - 128 * 32);
+  }
+}
+
 static void Prepare(const Product& p, const float* x, size_t i, float* floats, uint8_t* bytes, float* scales) {
   const size_t n = p.w->n_columns, n_blocks = BlocksOf(*p.w), padded = n_blocks * kBlock;
   alignas(64) int8_t block[kBlock];
@@ -667,22 +686,19 @@ static void Prepare(const Product& p, const float* x, size_t i, float* floats, u
           } else {
             __builtin_memset(block, 0, kBlock);
           }
-          const bool is_paired = p.tile == kPairedTile;
+          uint8_t* out = bytes + (i * padded + j * kBlock) * p.tile;
+          int32_t starts[2];
+          if (p.tile == kPairedTile) {
+            PlaceBlock(block, out + 8 * t, 8 * p.tile, out + 8 * t + 4, starts);
+          } else {
+            PlaceBlock(block, out + 4 * t, 4 * p.tile, out + kBlock / 2 * p.tile + 4 * t, starts);
+          }
+          float* scale = scales + (i * n_blocks + j) * 4 * p.tile;
           for (size_t half = 0; half < 2; ++half) {
-            // Of the block: where this half of the row begins, and how far its next four columns and sums are.
-            uint8_t* out = bytes + (i * padded + j * kBlock) * p.tile;
-            float* scale = scales + (i * n_blocks + j) * 4 * p.tile;
-            out += is_paired ? 8 * t + 4 * half : kBlock / 2 * p.tile * half + 4 * t;
-            scale += is_paired ? 2 * t + half : 2 * p.tile * half + t;
-            const size_t width = is_paired ? 2 * p.tile : p.tile;
-            int32_t sum = 0;
-            for (size_t quad = half; quad < kBlock / 4; quad += 2, out += 4 * width) {
-              __builtin_memcpy(out, block + 4 * quad, 4);
-              for (size_t k = 0; k < 4; ++k) sum += block[4 * quad + k];
-            }
-            const int32_t start = -kWOffset * sum;
-            scale[0] = pair[half];
-            __builtin_memcpy(scale + width, &start, sizeof start);
+            const bool is_paired = p.tile == kPairedTile;
+            float* place = scale + (is_paired ? 2 * t + half : 2 * p.tile * half + t);
+            *place = pair[half];
+            __builtin_memcpy(place + (is_paired ? 2 : 1) * p.tile, &starts[half], sizeof starts[half]);
           }
         }
       }
