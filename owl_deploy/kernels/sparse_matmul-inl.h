@@ -520,14 +520,73 @@ static void MultiplyIntRows(const Product& p, size_t begin, size_t end, uint8_t*
   }
 }
 
+// Where a tile of X meets some rows of W.
+struct ByteTile {
+  size_t row, n_rows;    // of W
+  size_t first, n_used;  // of X
+};
+
+// The first kUsed vectors of a tile of X that has kVecs of them, against kRows rows of W: dense (n_blocks, kRows,
+// kBlock), factors (n_blocks, kRows) with groups, row_scales (kRows).
+template <bool kHasGroups, size_t kN, size_t kVecs, size_t kUsed, size_t kRows>
+OWL_INLINE void MultiplyByteTile(const Product& p, const ByteTile& tile, const int8_t* dense, const float* factors,
+                                 const float* row_scales, Stream& stream) {
+  using Q = Quads<kN>;
+  constexpr bool kIsPaired = kN == kPairedTile;  // lanes are a row's two fours of columns in turn, see Layout
+  constexpr size_t kParts = kIsPaired ? 1 : 2, kWidth = kIsPaired ? 2 * kN : kN;
+  const size_t n_blocks = BlocksOf(*p.w);
+  const int8_t* x = reinterpret_cast<const int8_t*>(p.bytes) + tile.first * n_blocks * kBlock;
+  const float* x_scales = p.scales + tile.first * 4 * n_blocks;
+  typename Q::Floats sums[kRows][kUsed] = {};
+  for (size_t part = 0; part < kParts * n_blocks; ++part) {  // fours of columns with one scale: every other one
+    const size_t j = part / kParts;
+    typename Q::Ints products[kRows][kUsed] = {};
+    if constexpr (kWOffset != 0) {
+      for (size_t v = 0; v < kUsed; ++v) {
+        const float* start = x_scales + ((2 * part + 1) * kVecs + v) * kWidth;
+        __builtin_memcpy(&products[0][v], start, sizeof products[0][v]);
+        for (size_t r = 1; r < kRows; ++r) products[r][v] = products[0][v];
+      }
+    }
+    if (tile.first == 0 && part % kParts == 0) stream.Advance();
+    const int8_t* block = dense + j * kRows * kBlock + 4 * (part % kParts);
+    for (size_t k = 0; k < kBlock; k += 8, x += 4 * kVecs * kWidth) {
+      typename Q::X parts[kUsed];
+      for (size_t v = 0; v < kUsed; ++v) parts[v] = Q::Load(x + 4 * kWidth * v);
+      for (size_t r = 0; r < kRows; ++r) {
+        const typename Q::W weights = Q::Splat(block + r * kBlock + k);
+        for (size_t v = 0; v < kUsed; ++v) products[r][v] = Q::Dot(products[r][v], parts[v], weights);
+      }
+    }
+    for (size_t v = 0; v < kUsed; ++v) {
+      typename Q::Floats scale;
+      __builtin_memcpy(&scale, x_scales + (2 * part * kVecs + v) * kWidth, sizeof scale);
+      for (size_t r = 0; r < kRows; ++r) {
+        sums[r][v] += Q::ToFloats(products[r][v]) * (kHasGroups ? scale * factors[j * kRows + r] : scale);
+      }
+    }
+  }
+  alignas(64) float results[kRows][kUsed * kWidth];
+  for (size_t r = 0; r < kRows; ++r) {
+    for (size_t v = 0; v < kUsed; ++v) {
+      const typename Q::Floats scaled = sums[r][v] * row_scales[r];
+      __builtin_memcpy(results[r] + v * kWidth, &scaled, sizeof scaled);
+    }
+    if constexpr (kIsPaired) {
+      for (size_t t = 0; t < kN; ++t) results[r][t] = results[r][2 * t] + results[r][2 * t + 1];
+    }
+  }
+  for (size_t t = 0; t < tile.n_used; ++t) {
+    float* y = p.y + (tile.first + t) * p.w->n_rows + tile.row;
+    for (size_t r = 0; r < tile.n_rows; ++r) y[r] = results[r][t] + (p.bias == nullptr ? 0 : p.bias[tile.row + r]);
+  }
+}
+
 // Many rows of X: a few rows of W become dense bytes once, then meet X in tiles whose lanes are rows of X. W is shifted
 // by kWOffset, and sums of products begin at what makes up for it, which Prepare has put behind the scales of X.
 template <ValueType kType, bool kIsDense, bool kHasGroups, size_t kN, size_t kVecs>
 static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_t* scratch) {
-  using Q = Quads<kN>;
   constexpr size_t kTile = kVecs * kN, kRows = kVecs == 1 ? kByteRows : 4;
-  constexpr bool kIsPaired = kN == kPairedTile;  // lanes are a row's two fours of columns in turn, see Layout
-  constexpr size_t kParts = kIsPaired ? 1 : 2, kWidth = kIsPaired ? 2 * kN : kN;
   const PackedMatrix& w = *p.w;
   const size_t n_blocks = BlocksOf(w), n_whole = w.n_columns / kBlock, n_tail = w.n_columns % kBlock;
   const size_t padded = n_blocks * kBlock, decoded_bytes = DecodedBytes(w);
@@ -554,51 +613,12 @@ static void MultiplyByteTiles(const Product& p, size_t begin, size_t end, uint8_
       }
     }
     for (size_t first = 0; first < p.m; first += kTile) {
-      const int8_t* x = reinterpret_cast<const int8_t*>(p.bytes) + first * padded;
-      const float* x_scales = p.scales + first * 4 * n_blocks;
-      typename Q::Floats sums[kRows][kVecs] = {};
-      for (size_t part = 0; part < kParts * n_blocks; ++part) {  // fours of columns with one scale: every other one
-        const size_t j = part / kParts;
-        typename Q::Ints products[kRows][kVecs] = {};
-        if constexpr (kWOffset != 0) {
-          for (size_t v = 0; v < kVecs; ++v) {
-            const float* start = x_scales + ((2 * part + 1) * kVecs + v) * kWidth;
-            __builtin_memcpy(&products[0][v], start, sizeof products[0][v]);
-            for (size_t r = 1; r < kRows; ++r) products[r][v] = products[0][v];
-          }
-        }
-        if (first == 0 && part % kParts == 0) stream.Advance();
-        const int8_t* block = dense + j * kRows * kBlock + 4 * (part % kParts);
-        for (size_t k = 0; k < kBlock; k += 8, x += 4 * kVecs * kWidth) {
-          typename Q::X parts[kVecs];
-          for (size_t v = 0; v < kVecs; ++v) parts[v] = Q::Load(x + 4 * kWidth * v);
-          for (size_t r = 0; r < kRows; ++r) {
-            const typename Q::W weights = Q::Splat(block + r * kBlock + k);
-            for (size_t v = 0; v < kVecs; ++v) products[r][v] = Q::Dot(products[r][v], parts[v], weights);
-          }
-        }
-        for (size_t v = 0; v < kVecs; ++v) {
-          typename Q::Floats scale;
-          __builtin_memcpy(&scale, x_scales + (2 * part * kVecs + v) * kWidth, sizeof scale);
-          for (size_t r = 0; r < kRows; ++r) {
-            sums[r][v] += Q::ToFloats(products[r][v]) * (kHasGroups ? scale * factors[j * kRows + r] : scale);
-          }
-        }
-      }
-      alignas(64) float results[kRows][kVecs * kWidth];
-      for (size_t r = 0; r < kRows; ++r) {
-        for (size_t v = 0; v < kVecs; ++v) {
-          const typename Q::Floats scaled = sums[r][v] * row_scales[r];
-          __builtin_memcpy(results[r] + v * kWidth, &scaled, sizeof scaled);
-        }
-        if constexpr (kIsPaired) {
-          for (size_t t = 0; t < kTile; ++t) results[r][t] = results[r][2 * t] + results[r][2 * t + 1];
-        }
-      }
-      const size_t n_used = p.m - first < kTile ? p.m - first : kTile;
-      for (size_t t = 0; t < n_used; ++t) {
-        float* y = p.y + (first + t) * w.n_rows + row;
-        for (size_t r = 0; r < n_rows; ++r) y[r] = results[r][t] + (p.bias == nullptr ? 0 : p.bias[row + r]);
+      const ByteTile tile = {row, n_rows, first, p.m - first < kTile ? p.m - first : kTile};
+      // The last tile may need half of its lanes only: 48 rows of X then take less time than 64.
+      if (kVecs > 1 && tile.n_used <= kN) {
+        MultiplyByteTile<kHasGroups, kN, kVecs, 1, kRows>(p, tile, dense, factors, row_scales, stream);
+      } else {
+        MultiplyByteTile<kHasGroups, kN, kVecs, kVecs, kRows>(p, tile, dense, factors, row_scales, stream);
       }
     }
   }
