@@ -1,4 +1,4 @@
-"""A load test of `owl-deploy serve`: artifacts in, what 1, 8 and 32 clients got from each of them out.
+"""A load test of `owl-deploy serve`: artifacts in; out, what 1, 8 and 32 clients got from each, and of which quality.
 
 Every artifact has a server of its own, on loopback; they take turns (A-B-A-B), so that both meet the same machine. A
 client asks, reads its stream to the end, and asks again. It knows nothing of models: prompts are words, and tokens are
@@ -36,7 +36,9 @@ from owl_deploy.bench.load_report import load_table, write_load_report
 from owl_deploy.bench.machine import MachineWatch, machine_facts
 from owl_deploy.bench.statistics import percentile
 from owl_deploy.errors import EngineFailedError, OwlDeployError
+from owl_deploy.evaluation import Evaluation, evaluate
 from owl_deploy.progress import OnStep, Step, silent
+from owl_deploy.recipe import EvalSettings
 from owl_deploy.threads import resolve_threads
 from owl_deploy.versions import commit, versions
 
@@ -276,16 +278,23 @@ def _add_gain(rows: list[dict[str, Any]]) -> None:
         row["times_one_client"] = row["tokens_per_s"] / alone if alone else None
 
 
-def _facts(artifact: Path) -> dict[str, Any]:
+def _facts(artifact: Path, quality: Evaluation | None) -> dict[str, Any]:
     facts = open_artifact(artifact).facts
-    names = {"weights": facts.weights, "precision": facts.precision, "sparsity": facts.sparsity["linears"]}
-    return {"artifact": artifact.name, **names}
+    return {
+        "artifact": artifact.name,
+        "weights": facts.weights,
+        "precision": facts.precision,
+        "sparsity": facts.sparsity["linears"],
+        "perplexity": quality.perplexity if quality else None,
+        "evaluation": quality.to_json() if quality else None,
+    }
 
 
 def measure_load(
     artifacts: Sequence[Path],
     settings: LoadSettings,
     *,
+    evaluation: EvalSettings | None = None,
     url: str | None = None,
     threads: int = 0,
     batch_size: int = 8,
@@ -296,7 +305,9 @@ def measure_load(
     Args:
         artifacts: folders, each of which gets a server on loopback.
         settings: what clients do.
-        url: a server that already runs, instead of artifacts; its memory is not seen.
+        evaluation: text and windows of each artifact's perplexity, taken before any server starts unless the artifact
+            has it; without it the rows say unknown.
+        url: a server that already runs, instead of artifacts; its memory and its perplexity are not seen.
         threads: of each server; 0 is what affinity and cgroup allow.
         batch_size: sequences that a server decodes together.
         on_step: told of every turn.
@@ -305,6 +316,7 @@ def measure_load(
         The content of report.json: one row per number of clients and artifact.
 
     Raises:
+        OwlDeployError: a text cannot be read.
         UnsupportedModelError: a folder is no artifact.
         EngineFailedError: a server does not start.
         ValueError: neither artifacts nor a URL are given, or both.
@@ -312,7 +324,10 @@ def measure_load(
     if bool(artifacts) == (url is not None):
         raise ValueError("give artifacts or the URL of a server, one of the two")
     count = resolve_threads(threads or "auto")
-    described = [_facts(artifact) for artifact in artifacts]
+    qualities: list[Evaluation | None] = [None] * len(artifacts)
+    if evaluation is not None and artifacts:
+        qualities = [*evaluate(list(map(str, artifacts)), evaluation, threads=count.n, on_step=on_step)]
+    described = [_facts(artifact, quality) for artifact, quality in zip(artifacts, qualities, strict=True)]
     watch = MachineWatch.start()
     with ExitStack() as stack:
         if url is None:
@@ -324,7 +339,8 @@ def measure_load(
             ]
         else:
             servers = [_running(url)]
-            described = [{"artifact": servers[0].model, "weights": "", "precision": "unknown", "sparsity": None}]
+            unknown = {"weights": "", "precision": "unknown", "sparsity": None, "perplexity": None, "evaluation": None}
+            described = [{"artifact": servers[0].model, **unknown}]
         rows = []
         for served in servers:
             if settings.warmup_s:
@@ -342,7 +358,7 @@ def measure_load(
     _add_gain(rows)
     return {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "owl_deploy.bench.load", *sys.argv[1:]]),
         "versions": versions("onnxruntime", "starlette", "uvicorn", "httpx", "numpy"),
         "commit": commit(),
         "machine": {**machine_facts(count), **watch.facts()},
@@ -384,6 +400,9 @@ def _numbers(_context: click.Context, _option: click.Parameter, text: str) -> tu
 @click.option("--warmup", default="5s", show_default=True, callback=_seconds, help="Before anything counts.")
 @click.option("--prompt-words", default=48, show_default=True, help="Words of each prompt.")
 @click.option("--max-tokens", default=64, show_default=True, help="Tokens of each answer.")
+@click.option("--text", default="python-docs", show_default=True, help="Of each artifact's perplexity.")
+@click.option("--window", default=2048, show_default=True, help="Tokens of a window of that text.")
+@click.option("--max-windows", default=2, show_default=True, help="Windows of it.")
 @click.option("--threads", default=0, help="Threads of each server; 0 is what affinity and cgroup allow.")
 @click.option("--batch-size", default=8, show_default=True, help="Sequences that a server decodes together.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for report.json, report.md and report.html.")
@@ -397,6 +416,9 @@ def main(
     warmup: float,
     prompt_words: int,
     max_tokens: int,
+    text: str,
+    window: int,
+    max_windows: int,
     threads: int,
     batch_size: int,
     out: Path | None,
@@ -410,7 +432,8 @@ def main(
     """
 
     def show(step: Step) -> None:
-        click.echo(f"{step.note} done", err=True)
+        if step.stage == "load":
+            click.echo(f"{step.note} done", err=True)
 
     try:
         settings = LoadSettings(
@@ -421,7 +444,10 @@ def main(
             prompt_words=prompt_words,
             max_tokens=max_tokens,
         )
-        measured = measure_load(artifacts, settings, url=url, threads=threads, batch_size=batch_size, on_step=show)
+        quality = EvalSettings(text=text, window=window, max_windows=max_windows)
+        measured = measure_load(
+            artifacts, settings, evaluation=quality, url=url, threads=threads, batch_size=batch_size, on_step=show
+        )
         if out is not None:
             write_load_report(measured, out)
     except ValueError as error:

@@ -22,6 +22,7 @@ from owl_deploy.bench.report import (
     Facts,
     code_block,
     csp_hash,
+    evaluations,
     machine_lines,
     markdown_facts,
     markdown_line,
@@ -40,6 +41,7 @@ _DEFINITIONS: Facts = [
     ("p50, p95", "Percentiles over all samples of all turns."),
     ("tokens/s", "New tokens of all clients together that arrived within the turns, over the turns' seconds."),
     ("x one client", "Tokens/s over those of one client of the same artifact."),
+    ("perplexity", "Of that very artifact, in its engine, on the text that Protocol names."),
     ("requests each", "Fewest and most requests that one client got answered: how fairly the queue served them."),
     ("errors", "Requests that were refused, cut or answered with an error; 0 is what is expected."),
     ("memory, growth", "Resident set of the server at the end, and the slope of a line through all samples."),
@@ -52,6 +54,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("TTFT p95", lambda row: _quantile(row["ttft_ms"], "p95")),
     ("ITL p50", lambda row: _quantile(row["itl_ms"], "p50")),
     ("ITL p95", lambda row: _quantile(row["itl_ms"], "p95")),
+    ("perplexity", lambda row: _perplexity(row)),
     ("requests", lambda row: str(row["requests"])),
     ("requests each", lambda row: f"{row['requests_per_client']['min']}-{row['requests_per_client']['max']}"),
     ("errors", lambda row: str(row["errors"])),
@@ -85,6 +88,10 @@ def _quantile(quantiles: dict[str, float] | None, name: str) -> str:
     return number(quantiles[name]) if quantiles else BLANK
 
 
+def _perplexity(row: Row) -> str:
+    return "unknown" if row["perplexity"] is None else number(row["perplexity"])
+
+
 def _clients(row: Row) -> str:
     return f"{row['clients']} client{'s' if row['clients'] != 1 else ''}"
 
@@ -93,7 +100,8 @@ def _findings(result: Result) -> list[str]:
     """Return one sentence per row."""
     return [
         f"{_clients(row).capitalize()}, {row['artifact']}: {number(row['tokens_per_s'])} tokens/s, first text after "
-        f"{_quantile(row['ttft_ms'], 'p50')} ms, then one every {_quantile(row['itl_ms'], 'p50')} ms (medians)."
+        f"{_quantile(row['ttft_ms'], 'p50')} ms, then one every {_quantile(row['itl_ms'], 'p50')} ms (medians), "
+        f"perplexity {_perplexity(row)}."
         for row in result["rows"]
     ]
 
@@ -123,6 +131,7 @@ def _protocol(result: Result) -> Facts:
         ("time per row", f"{protocol['duration_s']:g} s in {protocol['n_turns']} turns, {order}"),
         ("warm-up", f"{protocol['warmup_s']:g} s of {max(protocol['clients'])} clients"),
         ("requests", f"{protocol['prompt_words']} words, at most {protocol['max_tokens']} tokens, temperature 0"),
+        ("perplexity", "; ".join(evaluations(result["rows"])) or "not measured"),
         ("server", "; ".join(dict.fromkeys(_server_words(row) for row in result["rows"]))),
     ]
 

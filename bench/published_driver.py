@@ -3,9 +3,9 @@
 In: a model folder, tokens, settings. Out: a Hugging Face folder with zeros in place, and the layer sparsities. It does
 what the official codes of SparseGPT (arXiv 2301.00774), Wanda (arXiv 2306.11695) and OWL (arXiv 2310.05175) do, as
 they do it: the whole model in memory, one sequence at a time, a statistic of its own for every linear even where
-inputs are shared, two captures, sorts of everything, the rules of rounding included. It is written anew, for the CPU
-and in float32. Where it could be read two ways the quicker one is taken: outputs of OWL's pass over the dense model
-are the inputs of its next block, no second pass.
+inputs are shared, two captures, each block run twice in both passes (OWL's code does so over the dense model too, where
+the second run gives nothing new), sorts of everything, the rules of rounding included. It is written anew, for the CPU
+and in float32.
 
 Knows Llama's layout only (`model.model.layers`, all blocks called alike), no stopping, no checks, no records.
 """
@@ -117,6 +117,7 @@ def _outlier_percents(
             _run(block, inputs, outputs, arguments)
         scores = [_wanda_score(linear.weight, norms[name].value) for name, linear in _linears(block).items()]
         percents.append(outlier_percent(scores, owl_m))
+        _run(block, inputs, outputs, arguments)
         inputs, outputs = outputs, inputs
         on_step(Step("inputs of the dense model", index + 1, len(blocks)))
     return percents

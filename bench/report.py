@@ -52,7 +52,7 @@ from owl_deploy.bench.verdict import cautions, findings, verdict
 from owl_deploy.engines.bridge import LICENCE_NOTICE
 from owl_deploy.files import new_folder, write_json
 
-__all__ = ["html_page", "machine_lines", "markdown", "terminal_table", "write_report"]
+__all__ = ["evaluations", "html_page", "machine_lines", "markdown", "terminal_table", "write_report"]
 
 Facts: TypeAlias = list[tuple[str, str]]
 
@@ -239,7 +239,7 @@ def _protocol_facts(result: Result) -> Facts:
         ("warm-up", protocol["warmup"]),
         ("outside the clock", protocol["outside_clock"]),
         ("bytes per step", protocol["bytes_per_step"]),
-        ("quality measured on", "; ".join(_evaluations(result["rows"])) or "unknown"),
+        ("quality measured on", "; ".join(evaluations(result["rows"])) or "unknown"),
     ]
 
 
@@ -248,7 +248,7 @@ def origin_facts(result: Result) -> Facts:
     return [("made", result["created"]), ("commit", result.get("commit") or "unknown"), ("versions", versions)]
 
 
-def _evaluations(rows: Iterable[Row]) -> list[str]:
+def evaluations(rows: Iterable[Row]) -> list[str]:
     """Return the distinct settings under which perplexity was measured, in words."""
     settings = [row["evaluation"] for row in rows if row.get("evaluation")]
     return list(dict.fromkeys(f"{s['text']}, {s['n_windows']} windows of {s['window']} tokens" for s in settings))

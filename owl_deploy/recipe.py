@@ -171,8 +171,8 @@ class PruneSettings(Settings):
     true_sequential: bool = False
     """Whether linears of a block see the pruned ones before them, not the dense block: one more pass per group."""
     forward_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matrix products while calibration sequences run: bfloat16 takes half the time on processors that have
-    it. Weights, residuals and statistics are float32 all the same."""
+    """Type of matrix products while calibration sequences run: bfloat16 takes half the time on AMD processors that have
+    it, and longer on Intel ones without AMX. Weights, residuals and statistics are float32 all the same."""
     min_expert_tokens: Annotated[int, Field(ge=0, le=_LARGEST)] = 64
     """Experts that see fewer calibration tokens are pruned by magnitude, on record."""
     calibration: str = "generated"
@@ -322,7 +322,7 @@ class RecoverSettings(Settings):
     """Time such as 90s, 30m or 2h after which training ends with the best values so far (blockwise shares it among the
     blocks); a run of fewer epochs ends earlier."""
     forward_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products: auto is bfloat16 where the processor multiplies it. Weights, gradients and the state of
+    """Type of matrix products: auto is bfloat16 where that is the faster one. Weights, gradients and the state of
     the optimiser are float32 all the same."""
     temperature: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] = 1.0
     """All but blockwise: of both distributions."""

@@ -16,8 +16,11 @@ from serving import Running, serving, tiny_artifact
 from owl_deploy.bench.load import LoadSettings, main, measure_load
 from owl_deploy.bench.load_report import load_table, write_load_report
 from owl_deploy.errors import EngineFailedError
+from owl_deploy.evaluation import evaluate
+from owl_deploy.recipe import EvalSettings
 
 QUICK = LoadSettings(clients=(1, 3), duration_s=0.8, n_turns=2, warmup_s=0.2, prompt_words=4, max_tokens=8)
+QUALITY = EvalSettings(text="python-docs", window=32, max_windows=1)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def running(artifact: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def measured(artifact: Path) -> dict[str, Any]:
-    return measure_load([artifact], QUICK, threads=1, batch_size=2)
+    return measure_load([artifact], QUICK, evaluation=QUALITY, threads=1, batch_size=2)
 
 
 def test_rows_are_the_numbers_of_clients(measured: dict[str, Any]) -> None:
@@ -49,6 +52,17 @@ def test_every_request_is_answered_and_counted(measured: dict[str, Any]) -> None
         assert (
             row["requests_per_client"]["min"] <= row["requests"] / row["clients"] <= row["requests_per_client"]["max"]
         )
+
+
+def test_rows_have_the_perplexity_of_their_artifact(measured: dict[str, Any], artifact: Path, tmp_path: Path) -> None:
+    (quality,) = evaluate([str(artifact)], QUALITY)
+    assert {row["perplexity"] for row in measured["rows"]} == {quality.perplexity}
+    assert measured["rows"][0]["evaluation"] == quality.to_json()
+    write_load_report(measured, tmp_path / "report")
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "report" / name).read_text(encoding="utf-8")
+        assert f"perplexity {quality.perplexity:.3g}" in text.replace(",", "")
+        assert "python-docs, 1 windows of 32 tokens" in text
 
 
 def test_server_memory_is_watched(measured: dict[str, Any]) -> None:
@@ -78,6 +92,7 @@ def test_refused_requests_are_errors(artifact: Path) -> None:
     settings = LoadSettings(clients=(6,), duration_s=0.5, n_turns=1, warmup_s=0, prompt_words=4, max_tokens=64)
     with serving(artifact, batch_size=1, queue_size=0) as server:
         row = measure_load([], settings, url=server.url)["rows"][0]
+    assert (row["perplexity"], row["evaluation"]) == (None, None)
     assert row["errors"] > 0
     assert "status 429" in row["error_examples"][0]
 

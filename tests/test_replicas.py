@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from owl_deploy import pruning
 from owl_deploy.cache import owl_deploy_cache
-from owl_deploy.devices import resolve_devices
+from owl_deploy.devices import has_bfloat16_instructions, resolve_devices, resolve_products
 from owl_deploy.errors import RecipeError
 from owl_deploy.pruning import SparsityReport, prune
 from owl_deploy.recipe import PruneSettings
@@ -137,3 +137,22 @@ def test_statistics_in_the_cache_are_not_mixed_among_numbers_of_devices(
     monkeypatch.setattr(pruning, "resolve_devices", lambda _: (CPU, CPU))
     prune(str(tiny_model), settings, out=tmp_path / "two", threads=1)
     assert len(list((owl_deploy_cache() / "statistics").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("features", "products", "has_instructions"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, torch.bfloat16, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, torch.float32, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, torch.float32, False),
+        ({"architecture": "aarch64"}, torch.float32, False),
+    ],
+)
+def test_products_are_of_the_faster_type(
+    features: dict[str, object], products: torch.dtype, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert resolve_products("auto", CPU) == products
+    assert has_bfloat16_instructions() == has_instructions
+    assert resolve_products("bfloat16", CPU) == torch.bfloat16

@@ -19,7 +19,7 @@ import torch
 from owl_deploy.artifact import OnnxArtifact, open_artifact
 from owl_deploy.cache import owl_deploy_cache
 from owl_deploy.checkpoint import Checkpoint, open_checkpoint
-from owl_deploy.devices import resolve_products
+from owl_deploy.devices import has_bfloat16_instructions
 from owl_deploy.engines.llama_cpp import LLAMA_CPP, has_compiler
 from owl_deploy.engines.openvino import OPENVINO
 from owl_deploy.engines.peer import PEER_FORMAT, Peer, PeerFacts, open_peer
@@ -154,7 +154,7 @@ def _openvino_facts(checkpoint: Checkpoint, precision: str, n_bytes: int, max_po
     element_bytes = 4 if precision == "fp32" else 1  # of an embedding, in int4 models too
     embedding = 0 if is_tied else math.prod(shapes.get("model.embed_tokens.weight", (0,))) * element_bytes
     # What OpenVINO's runtime model says; its cache of 8 bits belongs to a fused attention that this graph does not get.
-    products = resolve_products("auto", torch.device("cpu"))
+    products = torch.bfloat16 if has_bfloat16_instructions() else torch.float32
     computed = (
         f"products, keys and values in {str(products).removeprefix('torch.')}, OpenVINO's default for this machine"
     )
