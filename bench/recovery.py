@@ -172,7 +172,11 @@ def _settings(stage: Stage) -> dict[str, Any]:
         for key, value in stage.settings.model_dump(mode="json").items()
     }
     if isinstance(stage.settings, RecoverSettings):
-        values |= {"learning_rate": stage.settings.rate, "batch_size": stage.settings.sequences_per_step}
+        values |= {
+            "learning_rate": stage.settings.rate,
+            "is_rate_relative": stage.settings.is_rate_relative,
+            "batch_size": stage.settings.sequences_per_step,
+        }
     return {**values, **({"after": _settings(stage.parent)} if stage.parent else {})}
 
 

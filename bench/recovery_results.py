@@ -102,7 +102,8 @@ def _settings(row: Row) -> str:
         return ""
     words = [f"{settings['n_samples']} x {settings['seq_len']} of {settings['calibration']}"]
     if "epochs" in settings:
-        words.append(f"at most {settings['epochs']} epochs, learning rate {settings['learning_rate']:g}")
+        rate = f"{settings['learning_rate']:g}" + (" of each RMS" if settings["is_rate_relative"] else "")
+        words.append(f"at most {settings['epochs']} epochs, learning rate {rate}")
     if "n_checks" in row:
         words.append(f"{row['n_checks']:.1f} reached")
     return ", ".join(words)

@@ -87,7 +87,7 @@ def recover_block_(
     curve: list[float] = []
     parameters = dict(block.named_parameters())
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    optimizer = MaskedAdamW(parameters, masks, settings.rate)
+    optimizer = MaskedAdamW(parameters, masks, settings.rate, is_relative=settings.is_rate_relative)
     n_steps = settings.epochs * -(-n_train // settings.sequences_per_step)
     order = batches(n_train, batch_size=settings.sequences_per_step, epochs=settings.epochs, seed=seed)
     with _trainable(parameters):
@@ -109,7 +109,7 @@ def recover_block_(
     if curve and min(curve) > _DIVERGED * before:
         raise OwlDeployError(
             f"training of block {index} diverges: its error was {before:.3g} and is {min(curve):.3g} at best: "
-            f"use a learning_rate below {settings.rate:g}"
+            f"use a learning_rate below {settings.rate_words}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

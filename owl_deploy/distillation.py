@@ -110,7 +110,7 @@ def distill_(
     parameters = {name: parameter for name, parameter in sparse.named_parameters() if name in set(trained)}
     for name, parameter in sparse.named_parameters():
         parameter.requires_grad_(name in parameters)
-    optimizer = MaskedAdamW(parameters, masks, settings.rate)
+    optimizer = MaskedAdamW(parameters, masks, settings.rate, is_relative=settings.is_rate_relative)
     optimizer.load(state.moments)
     if settings.gradient_checkpointing:
         sparse.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -154,7 +154,7 @@ def distill_(
     if losses and min(losses) > _DIVERGED * before:
         raise OwlDeployError(
             f"distillation diverges: the held-out loss was {before:.3g} and is {min(losses):.3g} at best: use a "
-            f"learning_rate below {settings.rate:g}"
+            f"learning_rate below {settings.rate_words}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -53,7 +53,7 @@ def recover_model(
 ) -> ModelRecovery:
     """Train a sparse model against a dense one, with what `distillation.distill_` does.
 
-    With one device, both models are there in float32, with gradients and two moments of what is trained: about 20
+    With one device, both models are there in float32, with gradients and two moments of what is trained: about 24
     bytes per parameter. Several devices share all that out (FSDP2), and each step's sequences, but each process loads
     both models into the machine's memory first.
 

@@ -135,6 +135,7 @@ def recover(
     recovery = {
         **recovery_identity(sparse.checkpoint, dense.checkpoint, settings, devices, seed=seed),
         "learning_rate": settings.rate,
+        "is_rate_relative": settings.is_rate_relative,
         "batch_size": settings.sequences_per_step,
         "reference": dense.checkpoint.source,
         "calibration": calibration.facts(),

@@ -15,6 +15,7 @@ from command_line import call
 from pydantic import ValidationError
 from random_models import random_model, save
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from owl_deploy import recovery
 from owl_deploy.artifact import open_artifact
@@ -25,6 +26,7 @@ from owl_deploy.distillation import distillation_loss
 from owl_deploy.errors import OwlDeployError, UnsupportedModelError
 from owl_deploy.evaluation import evaluate
 from owl_deploy.generation import load_torch_model
+from owl_deploy.masked_training import MaskedAdamW
 from owl_deploy.pipeline import run
 from owl_deploy.progress import Step
 from owl_deploy.pruning import prune
@@ -224,6 +226,32 @@ def test_optimiser_never_has_a_state_for_pruned_weights(
             assert not state["exp_avg"][mask].any()
             assert not state["exp_avg_sq"][mask].any()
             assert state["exp_avg"][~mask].any()
+
+
+def test_relative_rates_move_parameters_by_shares_of_their_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(8, 16, generator=generator)
+    pruned = torch.rand(values.shape, generator=generator) < 0.7
+    values[pruned] = 0
+    parameters = {"small": nn.Parameter(values.clone()), "large": nn.Parameter(100 * values)}
+    optimizer = MaskedAdamW(parameters, dict.fromkeys(parameters, pruned), 0.05, is_relative=True)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step(0.1)  # the learning rate at its highest
+    moved = {
+        name: parameter.detach() - factor * values
+        for (name, parameter), factor in zip(parameters.items(), (1, 100), strict=True)
+    }
+    size = float(values[~pruned].square().mean().sqrt())
+    # the first step of Adam is one learning rate, whatever the gradient
+    torch.testing.assert_close(moved["small"][~pruned].abs(), torch.full((int((~pruned).sum()),), 0.05 * size))
+    torch.testing.assert_close(moved["large"], 100 * moved["small"], rtol=1e-4, atol=1e-4)
+    later = MaskedAdamW(parameters, {}, 0.05, is_relative=True)
+    later.load(optimizer.state())
+    assert {key: float(rate) for key, rate in later.state().items() if key.startswith("rate/")} == {
+        "rate/small": pytest.approx(0.05 * size),
+        "rate/large": pytest.approx(5 * size),
+    }
 
 
 def test_best_values_are_kept_where_training_only_does_harm(models: tuple[Path, Path]) -> None:
