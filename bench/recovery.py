@@ -299,7 +299,8 @@ def _chain(links: Sequence[str], n_samples: int, seq_len: int, calibration: str)
 @click.option("--whole", is_flag=True, help="Also the whole first text, of first and last rows.")
 @click.option("--calibration", default="generated", help="Text to prune with and to train on.")
 @click.option("--epochs", default=32, help="Of blockwise, unless the budget ends before.")
-@click.option("--n-samples", default=64, help="Sequences to train on.")
+@click.option("--n-samples", default=128, help="Sequences that blockwise trains on.")
+@click.option("--chain-samples", default=512, help="Sequences that the chain trains on.")
 @click.option("--seq-len", default=512, help="Tokens per sequence.")
 @click.option("--threads", default="auto", help="auto or a number.")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json, not the table.")
@@ -318,6 +319,7 @@ def main(
     calibration: str,
     epochs: int,
     n_samples: int,
+    chain_samples: int,
     seq_len: int,
     threads: str,
     as_json: bool,
@@ -338,7 +340,7 @@ def main(
             ),
             blockwise=RecoverSettings.model_validate({**data, "epochs": epochs}),
             budgets=tuple(sorted(_durations(budget))),
-            chain=tuple(_chain(chain, n_samples, seq_len, calibration)),
+            chain=tuple(_chain(chain, chain_samples, seq_len, calibration)),
             evals=tuple(EvalSettings(text=name, window=window, max_windows=max_windows) for name in text),
             threads=resolve_threads("auto" if threads == "auto" else int(threads)).n,
             is_whole=whole,
