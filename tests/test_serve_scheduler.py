@@ -264,6 +264,33 @@ def test_time_that_is_over_ends_a_begun_answer_and_refuses_a_waiting_one() -> No
     assert told.pieces[1] == [Piece(1, failure=Failure.NOT_STARTED)]
 
 
+def test_place_of_a_sequence_is_free_when_its_last_piece_is_told() -> None:
+    with scheduling(n_rows=2, queue_size=0) as (scheduler, rows, told):
+        refused: list[int] = []
+
+        def ask_again(index: int, **more: Any) -> Sequence:
+            sequence = told.sequence(index, [1 + index % 100, 7], **more)
+            tell = sequence.emit
+
+            def emit(piece: Piece) -> None:
+                tell(piece)
+                if piece.is_last and index < 60:
+                    try:  # one token ends at the prompt, more in a step of the other row's, and some run out of time
+                        more = {"deadline": time.monotonic()} if index % 5 == 0 else {}
+                        scheduler.submit([ask_again(index + 2, max_tokens=1 + index % 3, **more)])
+                    except QueueFull:
+                        refused.append(index)
+
+            sequence.emit = emit
+            return sequence
+
+        rows.gate.clear()
+        scheduler.submit([ask_again(0), ask_again(1)])
+        rows.gate.set()
+        assert eventually(lambda: bool(refused) or ({60, 61} <= told.pieces.keys() and told.is_done(60, 61)))
+        assert not refused
+
+
 def test_end_token_ends_and_is_counted() -> None:
     expected = continuation([5], 9)
     end = expected[4]

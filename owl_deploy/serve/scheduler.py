@@ -192,26 +192,24 @@ class Scheduler:
     def _step(self) -> None:
         """Read some prompt tokens, then decode one token of every sequence that can."""
         now = time.monotonic()
-        if self._reading is not None and self._is_over(self._reading, now):
+        if (reading := self._reading) is not None and reading.is_over(now):
             self._reading = None
+            self._dismiss(reading)
         for row in reversed(range(len(self._decoding))):
-            if self._is_over(self._decoding[row], now):
+            if (sequence := self._decoding[row]).is_over(now):
                 self._vacate(row)
+                self._dismiss(sequence)
         self._read_prompts()
         self._decode()
 
-    def _is_over(self, sequence: Sequence, now: float) -> bool:
-        """Whether a running sequence has to leave before it is finished; it is then told so."""
+    def _dismiss(self, sequence: Sequence) -> None:
+        """Tell a sequence that left before it was finished."""
         if sequence.is_cancelled:
             self._observer.finished("cancelled")
-            return True
-        if now < sequence.deadline:
-            return False
-        if sequence.n_generated:
+        elif sequence.n_generated:
             self._end(sequence, sequence.cut())
         else:
             self._end(sequence, Piece(sequence.index, failure=Failure.NOT_STARTED))
-        return True
 
     def _read_prompts(self) -> None:
         """Read up to one chunk of prompt tokens, of as many sequences as that takes."""
@@ -228,8 +226,9 @@ class Scheduler:
                 # From here on it decodes, so that a failure of this very token finds it among the running ones.
                 self._reading = None
                 self._decoding.append(sequence)
-                if not self._advance(sequence, logits):
+                if (last := self._advance(sequence, logits)) is not None:
                     self._decoding.pop()
+                    self._end(sequence, last)
 
     def _next(self) -> Sequence | None:
         """Take the next sequence whose time is not over out of the line, where a row is free."""
@@ -239,10 +238,11 @@ class Scheduler:
                     return None
                 sequence = self._waiting.pop()
             now = time.monotonic()
-            if not self._is_over(sequence, now):
+            if not sequence.is_over(now):
                 sequence.started = now
                 self._observer.started(now - sequence.arrived)
                 return sequence
+            self._dismiss(sequence)
         return None
 
     def _decode(self) -> None:
@@ -254,19 +254,25 @@ class Scheduler:
         logits = self._rows.decode(tokens, lengths)
         for sequence in self._decoding:
             sequence.n_past += 1
-        goes_on = [self._advance(sequence, row) for sequence, row in zip(self._decoding, logits, strict=True)]
-        for row in reversed(range(len(goes_on))):
-            if not goes_on[row]:
+        pieces = [self._advance(sequence, row) for sequence, row in zip(self._decoding, logits, strict=True)]
+        for row, last in reversed([*enumerate(pieces)]):
+            if last is not None:
+                sequence = self._decoding[row]
                 self._vacate(row)
+                self._end(sequence, last)
 
-    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> bool:
-        """Give a sequence its next token and tell it; returns whether it goes on."""
+    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> Piece | None:
+        """Give a sequence its next token and tell it.
+
+        Returns:
+            The last piece of a sequence that is finished. The caller tells it after it has freed the row: a client that
+            has its answer and asks at once again must find the place that it held.
+        """
         try:
             piece = sequence.extend(logits)
         except FloatingPointError as error:
             _LOGGER.error("%s", error)
-            self._end(sequence, Piece(sequence.index, failure=Failure.ENGINE))
-            return False
+            return Piece(sequence.index, failure=Failure.ENGINE)
         now = time.monotonic()
         if sequence.n_generated == 1:
             self._observer.first_token(now - sequence.arrived, len(sequence.prompt))
@@ -274,11 +280,10 @@ class Scheduler:
             self._observer.next_token(now - sequence.told_at)
         sequence.told_at = now
         if piece.is_last:
-            self._end(sequence, piece)
-            return False
+            return piece
         if piece.choices or piece.text:
             sequence.emit(piece)
-        return True
+        return None
 
     def _end(self, sequence: Sequence, piece: Piece) -> None:
         """Tell a sequence's last piece."""

@@ -82,6 +82,10 @@ class Sequence:
     def __post_init__(self) -> None:
         self.sampler, self.text = Sampler(self.sampling), TextStream(self.tokenizer, self.stop)
 
+    def is_over(self, now: float) -> bool:
+        """Whether it has to leave before it is finished: nobody wants it any more, or its time has passed."""
+        return self.is_cancelled or now >= self.deadline
+
     def extend(self, logits: NDArray[np.float32]) -> Piece:
         """Choose the next token from logits (vocab,); returns what that adds. Raises FloatingPointError."""
         choice = self.sampler.choose(logits)
