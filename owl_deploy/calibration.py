@@ -30,6 +30,9 @@ __all__ = ["Calibration", "CalibrationSettings", "calibration_tokens"]
 # and reading all of it would take longer than pruning.
 _READ_FACTOR = 8
 
+# Sampled tokens that are left out so that generated text begins in the middle of a document.
+_N_LEFT_OUT = 32
+
 
 class CalibrationSettings(Protocol):
     """What the settings of a stage say about its calibration; sensible sizes differ from stage to stage."""
@@ -144,29 +147,60 @@ def _generated(
     checkpoint: Checkpoint, encoder: Encoder, settings: CalibrationSettings, seed: int, on_step: OnStep
 ) -> Calibration:
     """Return text that the model samples from itself, from the cache where it was made before."""
-    starts_with_bos = settings.bos != "never" and encoder.bos_token_id is not None
-    if settings.bos == "always" and not starts_with_bos:
+    if settings.bos == "always" and encoder.bos_token_id is None:
         raise OwlDeployError("bos: always was asked for, but the tokenizer has no begin-of-sequence token")
-    file = _generated_file(checkpoint, settings, seed, starts_with_bos=starts_with_bos)
+    opening = _opening(checkpoint, encoder, settings)
+    file = _generated_file(checkpoint, settings, seed, opening)
     is_cached = file.is_file()
     if is_cached:
         tokens = np.load(file, allow_pickle=False)
     else:
         from owl_deploy.generation import sample_tokens
 
-        first = encoder.bos_token_id if starts_with_bos else None
         tokens = sample_tokens(
-            checkpoint, n_samples=settings.n_samples, seq_len=settings.seq_len, first=first, seed=seed, on_step=on_step
+            checkpoint,
+            n_samples=settings.n_samples,
+            seq_len=settings.seq_len,
+            first=opening.first,
+            n_left_out=opening.n_left_out,
+            seed=seed,
+            on_step=on_step,
         )
         file.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.save(buffer, tokens, allow_pickle=False)
         write_bytes(file, buffer.getvalue())
+    starts_with_bos = opening.first is not None and opening.n_left_out == 0
     return Calibration(tokens, "generated", seed, settings.bos, starts_with_bos, is_cached)
 
 
-def _generated_file(checkpoint: Checkpoint, settings: CalibrationSettings, seed: int, *, starts_with_bos: bool) -> Path:
-    key = json.dumps([checkpoint.fingerprint, seed, settings.n_samples, settings.seq_len, starts_with_bos])
+@dataclass(frozen=True)
+class _Opening:
+    """How a model begins to sample text."""
+
+    first: int | None
+    """First token; one drawn uniformly from the vocabulary when None."""
+    n_left_out: int
+    """Tokens at the start that are not part of the text."""
+
+
+def _opening(checkpoint: Checkpoint, encoder: Encoder, settings: CalibrationSettings) -> _Opening:
+    """Return with which tokens to begin, so that sequences begin as those of another text would.
+
+    A model gives its first token a hidden state of its own, which the others attend to. Trained on sequences whose
+    first token is always the same, SmolLM2-135M at 70 % loses that for all others: WikiText-2 perplexity 227 after
+    half an hour, where sequences cut from the middle of documents give 124 after seven minutes.
+    """
+    if settings.bos == "always" or (settings.bos == "auto" and encoder.adds_bos):
+        return _Opening(encoder.bos_token_id, 0)
+    limit = checkpoint.config.get("max_position_embeddings")
+    n_left_out = min(_N_LEFT_OUT, limit - settings.seq_len) if isinstance(limit, int) else _N_LEFT_OUT
+    return _Opening(encoder.bos_token_id if n_left_out else None, n_left_out)
+
+
+def _generated_file(checkpoint: Checkpoint, settings: CalibrationSettings, seed: int, opening: _Opening) -> Path:
+    sizes = [settings.n_samples, settings.seq_len]
+    key = json.dumps([checkpoint.fingerprint, seed, *sizes, opening.first, opening.n_left_out])
     return owl_deploy_cache() / "generated" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npy"
 
 
@@ -174,5 +208,5 @@ def must_be_sampled(checkpoint: Checkpoint, settings: CalibrationSettings, *, se
     """Return whether `calibration_tokens` would have the whole model sample text first."""
     if settings.calibration != "generated":
         return False
-    starts_with_bos = settings.bos != "never" and Encoder.open(checkpoint.path).bos_token_id is not None
-    return not _generated_file(checkpoint, settings, seed, starts_with_bos=starts_with_bos).is_file()
+    opening = _opening(checkpoint, Encoder.open(checkpoint.path), settings)
+    return not _generated_file(checkpoint, settings, seed, opening).is_file()

@@ -52,7 +52,14 @@ def load_torch_model(checkpoint: Checkpoint) -> Any:
 
 @torch.inference_mode()
 def sample_tokens(
-    checkpoint: Checkpoint, *, n_samples: int, seq_len: int, first: int | None, seed: int, on_step: OnStep = silent
+    checkpoint: Checkpoint,
+    *,
+    n_samples: int,
+    seq_len: int,
+    first: int | None,
+    n_left_out: int = 0,
+    seed: int,
+    on_step: OnStep = silent,
 ) -> NDArray[np.int64]:
     """Sample sequences at temperature 1 from the model's own distribution.
 
@@ -61,6 +68,7 @@ def sample_tokens(
 
     Args:
         first: first token of every sequence; drawn uniformly from the vocabulary when None.
+        n_left_out: tokens of every sequence, the first one included, that are sampled and left out.
 
     Returns:
         Token ids, (n_samples, seq_len) int64.
@@ -68,7 +76,8 @@ def sample_tokens(
     model = load_torch_model(checkpoint)
     generator = torch.Generator().manual_seed(seed)
     batches = [min(SAMPLED_TOGETHER, n_samples - start) for start in range(0, n_samples, SAMPLED_TOGETHER)]
-    total = len(batches) * seq_len
+    n_sampled = n_left_out + seq_len
+    total = len(batches) * n_sampled
     done = 0
     rows: list[torch.Tensor] = []
     for batch in batches:
@@ -76,14 +85,14 @@ def sample_tokens(
         vocab_size = int(model.config.vocab_size)
         token = torch.full(shape, first) if first is not None else torch.randint(vocab_size, shape, generator=generator)
         columns, cache = [token], None
-        while len(columns) < seq_len:
+        while len(columns) < n_sampled:
             output = model(input_ids=columns[-1], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             probabilities = torch.softmax(output.logits[:, -1].float(), dim=-1)
             columns.append(torch.multinomial(probabilities, 1, generator=generator))
             on_step(Step("sampling calibration text", done + len(columns), total))
-        done += seq_len
-        rows.append(torch.cat(columns, dim=1))
+        done += n_sampled
+        rows.append(torch.cat(columns[n_left_out:], dim=1))
     return torch.cat(rows).numpy().astype(np.int64)
 
 

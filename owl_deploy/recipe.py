@@ -317,7 +317,7 @@ class RecoverSettings(Settings):
     the others."""
     learning_rate: Annotated[float, Field(gt=0), AfterValidator(_is_finite)] | None = None
     """Of AdamW, at its highest: it rises during the first tenth of the work and falls to zero in the rest. When not
-    given, 1e-3 for spp and lora; for blockwise and distill each parameter has its own, a share (0.05 and 0.005) of the
+    given, 1e-3 for spp and lora; for blockwise and distill each parameter has its own, a share (0.02 and 0.005) of the
     root mean square of what pruning left of it, because weights of one model are ten times as large as another's."""
     budget: Duration | None = None
     """Time such as 90s, 30m or 2h after which training ends with the best values so far (blockwise shares it among the
@@ -350,7 +350,7 @@ class RecoverSettings(Settings):
         """The learning rate, by default that of the method; see `is_rate_relative`."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return {"blockwise": 0.05, "bias": 0.0, "distill": 0.005, "spp": 1e-3, "lora": 1e-3}[self.method]
+        return {"blockwise": 0.02, "bias": 0.0, "distill": 0.005, "spp": 1e-3, "lora": 1e-3}[self.method]
 
     @property
     def is_rate_relative(self) -> bool:

@@ -217,7 +217,7 @@ def generated_files(cache: Path) -> list[Path]:
 
 
 def slow_samples(model: Path, n_samples: int, seq_len: int, seed: int) -> list[list[int]]:
-    """Sample from the model at temperature 1 without a cache: the whole prefix again for every token."""
+    """Sample from the model at temperature 1 after BOS without a cache: the whole prefix again for every token."""
     torch_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.full((n_samples, 1), BOS)
@@ -229,8 +229,25 @@ def slow_samples(model: Path, n_samples: int, seq_len: int, seed: int) -> list[l
 
 
 def test_generated_text_is_sampled_from_the_model_itself(tiny_model: Path, empty_cache: Path) -> None:
-    tokens = sampled(tiny_model, "generated", n_samples=6, seed=7).tokens
+    tokens = sampled(tiny_model, "generated", n_samples=6, seed=7, bos="always").tokens
     assert tokens.tolist() == slow_samples(tiny_model, 6, 20, seed=7)
+
+
+def test_generated_text_begins_in_the_middle_of_a_document_where_the_tokenizer_adds_no_bos(
+    tiny_model: Path, empty_cache: Path
+) -> None:
+    tokens = sampled(tiny_model, "generated", n_samples=6, seed=7).tokens
+    assert tokens.tolist() == [row[32:] for row in slow_samples(tiny_model, 6, 52, seed=7)]
+
+
+def test_generated_text_as_long_as_the_context_begins_with_random_tokens_not_bos(
+    tiny_model: Path, empty_cache: Path
+) -> None:
+    almost = sampled(tiny_model, "generated", n_samples=4, seq_len=511, seed=7).tokens
+    assert almost.tolist() == [row[1:] for row in slow_samples(tiny_model, 4, 512, seed=7)]
+    whole = sampled(tiny_model, "generated", n_samples=4, seq_len=512, seed=7)
+    assert not whole.starts_with_bos
+    assert len(set(whole.tokens[:, 0].tolist())) == 4
 
 
 def test_generated_sequences_are_all_full_and_differ(tiny_model: Path, empty_cache: Path) -> None:
@@ -255,7 +272,7 @@ def test_generated_text_is_made_once_per_model_and_seed(
     assert again.is_cached
     np.testing.assert_array_equal(again.tokens, first.tokens)
     assert again.facts() == first.facts()
-    for other in ({"seed": 1}, {"n_samples": 7}, {"seq_len": 19}, {"bos": "never"}):
+    for other in ({"seed": 1}, {"n_samples": 7}, {"seq_len": 19}, {"bos": "always"}):
         with pytest.raises(AssertionError, match="was loaded"):
             sampled(tiny_model, "generated", **other)
 
@@ -279,11 +296,14 @@ def test_generated_text_is_the_same_bytes_when_made_again(tiny_model: Path, empt
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize(("bos", "starts"), [("auto", True), ("always", True), ("never", False)])
+@pytest.mark.parametrize(
+    ("bos", "adds_bos", "starts"),
+    [("auto", False, False), ("auto", True, True), ("always", False, True), ("never", True, False)],
+)
 def test_generated_text_starts_with_the_bos_that_the_policy_asks_for(
-    tiny_model: Path, empty_cache: Path, bos: Policy, starts: bool
+    tiny_model: Path, adding_model: Path, empty_cache: Path, bos: Policy, adds_bos: bool, starts: bool
 ) -> None:
-    calibration = sampled(tiny_model, "generated", bos=bos)
+    calibration = sampled(adding_model if adds_bos else tiny_model, "generated", bos=bos)
     assert calibration.starts_with_bos is starts
     assert bool((calibration.tokens[:, 0] == BOS).all()) is starts
 
